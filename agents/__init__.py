@@ -1,0 +1,1 @@
+"""Who acts: agents, their memories and the one loop (see `agents.api`)."""

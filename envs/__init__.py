@@ -1,0 +1,1 @@
+"""The world: environments behind one batched contract (see `envs.api`)."""

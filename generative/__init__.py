@@ -1,0 +1,1 @@
+"""Models of the world: encode, score, simulate, plan (see `generative.api`)."""

@@ -1,0 +1,1 @@
+"""The bench: run folders, checkpoints, dashboards, and one file per job."""
