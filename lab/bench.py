@@ -1,0 +1,137 @@
+"""job=bench: many training runs (settings x seeds), then one table and one picture of them.
+
+Each run is a process of its own and a run folder under `runs_dir/bench-NAME/`; a bench that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from envs.api import UserError
+from lab.configure import plain, read_config
+from lab.logging import read_evaluation, read_metrics
+from lab.protocols import PUBLISHED_FRAMES, SCORES, human_normalised, mean_interval
+from lab.run import write_beside
+
+LAUNCH = Path(__file__).resolve().parent.parent / "launch.py"
+
+
+def run(cfg: DictConfig) -> int:
+    """Runs what is not finished yet, then writes table.md, results.json and curves.png."""
+    bench = plain(cfg)["bench"]
+    if not isinstance(bench.get("runs"), list) or not bench["runs"] or not bench.get("seeds"):
+        raise UserError("a bench needs runs (a list of lists of key=value) and seeds")
+    folder = Path(str(cfg.runs_dir)) / f"bench-{bench['name']}"
+    folders: dict[str, list[Path]] = {}
+    for words in bench["runs"]:
+        label = " ".join(str(word) for word in words)
+        for seed in bench["seeds"]:
+            name = f"{len(folders)}-seed-{seed}" if label not in folders else f"{list(folders).index(label)}-seed-{seed}"
+            target = folder / name
+            folders.setdefault(label, []).append(target)
+            code = _train(target, [str(word) for word in words], seed, str(cfg.device))
+            if code:
+                print(f"{label} seed {seed} ended with exit code {code}; the bench goes on without it")
+    results = [summarise_group(label, [path for path in paths if (path / "evaluation.csv").exists()]) for label, paths in folders.items()]
+    write_beside(folder / "results.json", json.dumps(results, indent=2))
+    write_beside(folder / "table.md", table(results))
+    draw(results, folder / "curves.png")
+    print(table(results))
+    print(f"results  {folder}")
+    return 0
+
+
+def _train(target: Path, words: list[str], seed: int, device: str) -> int:
+    if (target / "config.yaml").exists():
+        frames = read_config(target)["frames"]
+        done = max((row["frames"] for row in read_metrics(target)), default=0)
+        evaluated = max((row["frames"] for row in read_evaluation(target)), default=0)
+        if min(done, evaluated) >= frames:
+            return 0
+        command = [f"resume={target}"]
+    else:
+        command = [*words, f"seed={seed}", f"device={device}", f"runs_dir={target.parent}", f"run_name={target.name}", "wandb=off"]
+    return subprocess.run([sys.executable, str(LAUNCH), *command], check=False).returncode
+
+
+def summarise_group(label: str, folders: list[Path]) -> dict[str, Any]:
+    """Final scores (a mean a seed, and the interval over all final episodes), curve and speed of one setting."""
+    finals, episodes, speeds, curves = [], [], [], []
+    game, frames = "", 0
+    for folder in folders:
+        rows = read_evaluation(folder)
+        game = str(read_config(folder)["choices"]["env"])
+        frames = int(max(row["frames"] for row in rows))
+        last = [row["return"] for row in rows if row["frames"] == frames]
+        finals.append(sum(last) / len(last))
+        episodes += last
+        steps = sorted({row["frames"] for row in rows})
+        curves.append([(at, _mean([row["return"] for row in rows if row["frames"] == at])) for at in steps])
+        rates = sorted(row["speed/frames_per_second"] for row in read_metrics(folder) if "speed/frames_per_second" in row)
+        speeds += rates[len(rates) // 2 : len(rates) // 2 + 1]
+    mean, low, high = mean_interval(finals)
+    return {
+        "setting": label,
+        "game": game,
+        "frames": frames,
+        "seeds": len(folders),
+        "final_by_seed": finals,
+        "score": mean,
+        "interval_over_seeds": [low, high],
+        "human_normalised": human_normalised(game, mean),
+        "frames_per_second": _mean(speeds),
+        "curves": curves,
+    }
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """A Markdown table, one row a setting, beside random play, a human tester, and MFEC as published by Pritzel et al. (2017)."""
+    published = f"MFEC at {PUBLISHED_FRAMES // 10**6}M (NEC paper)"
+    lines = [
+        f"| setting | frames | seeds | score (95 % over seeds) | random | human | {published} | frames/s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in results:
+        known = SCORES.get(row["game"])
+        low, high = row["interval_over_seeds"]
+        beside = [f"{known.random:,.1f}", f"{known.human:,.1f}", f"{known.mfec:,.1f}"] if known else ["", "", ""]
+        lines.append(
+            f"| {row['setting']} | {row['frames']:,} | {row['seeds']} | {row['score']:,.1f} ({low:,.1f} to {high:,.1f}) | "
+            f"{beside[0]} | {beside[1]} | {beside[2]} | {row['frames_per_second']:,.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """One panel a game: each seed a thin line, the mean over seeds a thick one."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    games = list(dict.fromkeys(row["game"] for row in results))
+    figure, panels = pyplot.subplots(1, len(games), figsize=(4.2 * len(games), 3.2), squeeze=False, layout="constrained")
+    for panel, game in zip(panels[0], games):
+        for colour, row in enumerate(row for row in results if row["game"] == game):
+            for curve in row["curves"]:
+                panel.plot([at / 1e6 for at, _ in curve], [score for _, score in curve], color=f"C{colour}", alpha=0.35, linewidth=1)
+            shared = set.intersection(*({at for at, _ in curve} for curve in row["curves"])) if row["curves"] else set()
+            mean = [(at, _mean([dict(curve)[at] for curve in row["curves"]])) for at in sorted(shared)]
+            panel.plot([at / 1e6 for at, _ in mean], [score for _, score in mean], color=f"C{colour}", linewidth=2, label=row["setting"])
+        panel.set_title(game)
+        panel.set_xlabel("environment frames (millions)")
+        panel.set_ylabel("evaluation score")
+        panel.legend(fontsize=6, frameon=False)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

@@ -1,0 +1,261 @@
+"""From the words of a command line to a configuration, and from a configuration to objects."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from envs.api import UserError
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+RESUMABLE_KEYS = ("frames", "device", "wandb")
+MODEL_JOBS = ("encoder", "density", "simulator", "planner")
+
+
+def compose(words: list[str], configs: Path = CONFIGS) -> DictConfig:
+    """The configuration that the words (`key=value`) ask for. UserError, in one line, where a word is not understood."""
+    for word in words:
+        if "=" not in word:
+            raise UserError(f"'{word}' is not of the form key=value (python launch.py --help)")
+    typed = dict(word.split("=", 1) for word in words)
+    if typed.get("resume", "null") != "null":
+        return _resumed(typed)
+    _register(configs)
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(configs), version_base="1.3"):
+            whole = hydra_compose("config", overrides=words, return_hydra_config=True)
+        choices = {str(group): choice for group, choice in whole.hydra.runtime.choices.items() if not str(group).startswith("hydra/")}
+        with open_dict(whole):
+            del whole["hydra"]
+            whole["choices"] = {group.partition("@")[0]: choice for group, choice in choices.items() if choice is not None}
+        cfg = whole
+        OmegaConf.resolve(cfg)
+    except (HydraException, OmegaConfBaseException) as trouble:
+        raise UserError(_one_line(trouble, configs)) from trouble
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise UserError(f"job={cfg.job} needs {' and '.join(f'{key}=' for key in missing)}")
+    check_numbers(cfg)
+    return cfg
+
+
+def _resumed(typed: dict[str, str]) -> DictConfig:
+    """The configuration of the run that `resume` names, with what a resumed run may change, and nothing else, changed."""
+    folder = find_folder(typed["resume"], "resume")
+    cfg = OmegaConf.create(read_config(folder))
+    if cfg.get("job") != "train":
+        raise UserError(f"resume={folder}: that was job={cfg.get('job')}, and only training goes on")
+    for key, text in typed.items():
+        if key in ("resume", "job"):
+            continue
+        try:
+            value = OmegaConf.create(f"value: {text}").value
+        except Exception as trouble:
+            raise UserError(f"{key}={text} is not understood") from trouble
+        old = OmegaConf.select(cfg, key)
+        if value == old:
+            continue
+        if key not in RESUMABLE_KEYS and not (key.startswith("evaluation.") and old is not None):
+            allowed = ", ".join((*RESUMABLE_KEYS, "evaluation.*"))
+            raise UserError(f"{key} cannot be changed: a resumed run keeps its configuration but for {allowed}; start a new run instead")
+        OmegaConf.update(cfg, key, value)
+    cfg.resume = str(folder)
+    check_numbers(cfg)
+    return cfg
+
+
+def find_folder(name: str, key: str) -> Path:
+    """The run folder that a user names by path. UserError where there is none."""
+    folder = Path(name)
+    if not folder.is_dir():
+        raise UserError(f"{key}={name}: there is no such folder")
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{key}={name}: this is not a run folder (it has no config.yaml)")
+    return folder
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The resolved configuration of a run folder."""
+    try:
+        cfg = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=True)
+    except Exception as trouble:
+        raise UserError(f"{folder / 'config.yaml'} is damaged: {' '.join(str(trouble).split())}") from trouble
+    if not isinstance(cfg, dict) or "job" not in cfg:
+        raise UserError(f"{folder / 'config.yaml'} is damaged: it names no job")
+    return {str(key): value for key, value in cfg.items()}
+
+
+def _register(configs: Path) -> None:
+    """Every model under the four job groups and every Atari game as an `env=` option, without importing any of them."""
+    from envs.atari import GAMES
+    from envs.protocols import PROTOCOLS
+
+    store = ConfigStore.instance()
+    for path in sorted((configs / "model").glob("*.yaml")):
+        for group in MODEL_JOBS:
+            store.store(group=group, name=path.stem, node={"defaults": [{"/model@_here_": path.stem}, "_self_"]})
+    for name in GAMES:
+        store.store(group="env", name=name, node={"defaults": ["atari", "_self_"], "game": name})
+    for name in PROTOCOLS:
+        store.store(group="protocol", name=name, node={"name": name})
+
+
+def check_numbers(cfg: DictConfig) -> None:
+    """UserError unless the door's own numbers are whole and positive and fit each other."""
+    for key in ("frames", "frames_per_iteration", "checkpoint_frames", "num_envs", "log_frames"):
+        value = cfg.get(key)
+        if value is None and key == "checkpoint_frames":
+            continue
+        if isinstance(value, float) and value.is_integer():
+            cfg[key] = value = int(value)
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            raise UserError(f"{key} must be a whole number above 0, got {value}")
+    if not isinstance(cfg.seed, int) or cfg.seed < 0:
+        raise UserError(f"seed must be a whole number from 0, got {cfg.seed}")
+    if cfg.checkpoint_frames and cfg.checkpoint_frames % cfg.frames_per_iteration:
+        raise UserError(
+            f"checkpoint_frames must be a multiple of frames_per_iteration = {cfg.frames_per_iteration}, got {cfg.checkpoint_frames}"
+        )
+    for section in ("evaluation", "fit"):
+        for key, value in (cfg.get(section) or {}).items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
+                raise UserError(f"{section}.{key} must be above 0, got {value}")
+
+
+def _one_line(trouble: Exception, configs: Path) -> str:
+    text = " ".join(str(trouble).split())
+    if isinstance(trouble, MissingConfigException) and trouble.options:
+        group, _, word = (trouble.missing_cfg_file or "").rpartition("/")
+        near = difflib.get_close_matches(word, trouble.options, n=3, cutoff=0.5) or sorted(trouble.options)[:12]
+        return f"there is no {group}={word}; the nearest are {', '.join(near)} (all: python launch.py --help)"
+    missing = re.search(r"Could not find '([\w./-]+)/([\w.-]+)'", text)
+    if missing:
+        return f"there is no {missing.group(1)}={missing.group(2)} (python launch.py --help lists them)"
+    unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
+    if unknown:
+        key = unknown.group(1)
+        if key in (*MODEL_JOBS, "protocol", "model", "agent", "env", "bench"):
+            return f"there is nothing to choose with {key}= here: this job, agent or environment takes none"
+        return f"there is no key {key} here; {_near_keys(key, configs)}python launch.py --help lists the keys"
+    return text
+
+
+def _near_keys(key: str, configs: Path) -> str:
+    keys = list(OmegaConf.load(configs / "config.yaml"))
+    near = difflib.get_close_matches(key, [str(name) for name in keys], n=2)
+    return f"did you mean {' or '.join(near)}? " if near else ""
+
+
+def build(node: Any, what: str, **given: Any) -> Any:
+    """Calls the `_target_` of a configuration node with the node's other keys as keywords, and what is `given`.
+
+    The constructor is the schema: an unknown key, or a value of another type than the constructor's annotation, is a
+    UserError that names it.
+
+    Args:
+        node: a mapping with `_target_`.
+        what: its name in messages, such as "agent".
+    """
+    knobs = {str(key): value for key, value in node.items()}
+    module, _, name = str(knobs.pop("_target_", "")).rpartition(".")
+    if not module:
+        raise UserError(f"{what} has no _target_ (a file under configs/{what}/ names its class there)")
+    target = getattr(importlib.import_module(module), name)
+    parameters = inspect.signature(target).parameters
+    for key, value in knobs.items():
+        if key not in parameters or key in given:
+            raise UserError(f"{what} takes no {what}.{key}; it takes {', '.join(k for k in parameters if k not in given)}")
+        _check_type(f"{what}.{key}", value, str(parameters[key].annotation))
+    return target(**knobs, **{key: value for key, value in given.items() if key in parameters})
+
+
+def _check_type(key: str, value: Any, annotation: str) -> None:
+    fits = {
+        "int": isinstance(value, int) and not isinstance(value, bool),
+        "float": isinstance(value, (int, float)) and not isinstance(value, bool),
+        "bool": isinstance(value, bool),
+        "str": isinstance(value, str),
+    }
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a word"}
+    kinds = [kind.strip() for kind in annotation.split("|")]
+    if value is None and "None" in kinds:
+        return
+    known = [kind for kind in kinds if kind in fits]
+    if known and not any(fits[kind] for kind in known):
+        raise UserError(f"{key} must be {' or '.join(words[kind] for kind in known)}, got {value!r}")
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as nested dicts, lists, numbers and strings."""
+    container = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def model_node(cfg: Mapping[str, Any], job: str) -> Any:
+    """The node of a model job (`encoder`, `density`, ...), or None where the configuration has none."""
+    node = cfg.get(job)
+    return node if node else None
+
+
+def explain(configs: Path = CONFIGS) -> str:
+    """What the door can do: jobs, keys, and the options of each group."""
+    from envs.atari import GAMES
+    from envs.protocols import PROTOCOLS
+
+    def options(group: str) -> str:
+        return ", ".join(sorted(path.stem for path in (configs / group).glob("*.yaml") if path.stem != "atari"))
+
+    keys = [line for line in (configs / "config.yaml").read_text().splitlines() if re.match(r"^[a-z]\w*:", line) and "defaults" not in line]
+    knobs = {group: sorted((configs / group).glob("*.yaml")) for group in ("agent",)}
+    lines = [
+        "python launch.py [key=value ...]",
+        "",
+        "  python launch.py agent=episodic_control env=Pong           train (job=train is the default)",
+        "  python launch.py agent=episodic_control env=Qbert encoder=vae frames=2_000_000",
+        "  python launch.py resume=runs/NAME [frames=...]             go on with a run",
+        "  python launch.py job=evaluate run=runs/NAME                play without learning",
+        "  python launch.py job=report run=runs/NAME                  write the report again",
+        "  python launch.py job=collect env=Qbert data=data/qbert     frames of random play to disk",
+        "  python launch.py job=fit model=vae data=data/qbert         fit a generative model",
+        "  python launch.py job=bench bench=demo                      many runs, one table",
+        "",
+        f"job         {options('job')}",
+        f"agent       {options('agent')}",
+        f"env         {options('env')}, and {len(GAMES)} Atari games: {', '.join(GAMES)}",
+        f"encoder     {options('model')} (where the agent takes one)",
+        f"protocol    {', '.join(PROTOCOLS)} (of Atari)",
+        f"experiment  {options('experiment') or 'none yet'}",
+        f"bench       {options('bench')}",
+        "",
+        "keys",
+        *[f"  {key}" for key in keys],
+        "",
+    ]
+    for path in knobs["agent"]:
+        knob_lines = [line for line in path.read_text().splitlines() if re.match(r"^[a-z]\w*:", line) and "defaults" not in line]
+        lines += [f"agent={path.stem}", *[f"  agent.{line}" for line in knob_lines], ""]
+    for name in ("evaluation", "fit"):
+        lines.append(f"{name}.* of job=train")
+        inside = False
+        for line in (configs / "job" / "train.yaml").read_text().splitlines():
+            if not line.startswith(" "):
+                inside = line.startswith(f"{name}:")
+            elif inside:
+                lines.append(f"  {name}.{line.strip()}")
+        lines.append("")
+    return "\n".join(lines).rstrip()

@@ -1,0 +1,126 @@
+"""Fitting a generative model: before an agent plays that needs it, and as `python launch.py job=fit model=vae data=FOLDER`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from agents.loop import play
+from agents.random import RandomAgent
+from envs.api import UserError, VectorEnv
+from generative.api import Sampler, Trainable
+from generative.data import FrameData, FrameWriter
+from generative.fit import Fitter
+from lab import checkpoint
+from lab.configure import build, find_folder, plain
+from lab.dashboard import Dashboard
+from lab.film import as_rgb
+from lab.logging import MetricsLog
+from lab.progress import Progress
+from lab.report import write_report
+from lab.run import derive_seed, new_folder, pick_device, seed_everything, write_versions
+
+ROWS = 100
+PICTURES = 8
+
+
+def collect_random(env: VectorEnv, device: torch.device, frames: int, seed: int, folder: Path) -> Iterator[int]:
+    """Plays at random for `frames` environment frames, writes every observation to shards in `folder`, and yields the frames played."""
+    with FrameWriter(folder, env.spec.obs_shape, {"env": env.spec.name, "agent": "random", "seed": seed}) as writer:
+        for tick in play(env, RandomAgent(env.spec, device), frames, seed):
+            writer.append(tick.step.obs)
+            yield tick.played
+
+
+def fit_rows(model: Any, frames: FrameData, knobs: Mapping[str, Any], progress: Progress) -> Iterator[dict[str, Any]]:
+    """Fits the model for `knobs["updates"]` updates and yields a row of metrics (`fit/...`) about a hundred times."""
+    fitter = Fitter(model, frames, **{key: value for key, value in knobs.items() if key not in ("frames", "path")})
+    every = max(1, knobs["updates"] // ROWS)
+    began, last = time.perf_counter(), 0
+    for tick in fitter.run():
+        progress.update(tick.update)
+        if tick.update % every == 0 or tick.update == knobs["updates"]:
+            row = {f"fit/{name}": float(value) for name, value in tick.metrics.items()}
+            now = time.perf_counter()
+            row |= {"fit/update": tick.update, "fit/updates_per_second": (tick.update - last) / max(now - began, 1e-9)}
+            began, last = now, tick.update
+            yield row
+
+
+def load_fitted(model: Any, path: str) -> None:
+    """Puts the model of another run (a job=fit run, or the encoder of a trained agent) into `model`. UserError where it does not fit."""
+    folder = find_folder(path, "fit.path")
+    for part in ("model", "agent/encoder"):
+        try:
+            state = checkpoint.load(folder, only=part).state
+        except KeyError:
+            continue
+        try:
+            model.load_state_dict(state)
+        except (RuntimeError, KeyError, ValueError) as trouble:
+            raise UserError(f"fit.path={path}: its model is of another kind or shape: {' '.join(str(trouble).split())[:300]}") from trouble
+        return
+    raise UserError(f"fit.path={path}: this run holds no fitted model")
+
+
+def needs_fit(model: Any) -> bool:
+    """Whether the model is one that is fitted by gradients."""
+    return isinstance(model, Trainable)
+
+
+def write_pictures(model: Any, frames: FrameData, folder: Path) -> list[Path]:
+    """images/reconstructions.png (frames above, reconstructions below) and images/samples.png, as far as the model can."""
+    images = folder / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    written = []
+    if hasattr(model, "reconstruct"):
+        shown = frames.sample(PICTURES).to(next(model.parameters()).device)
+        write_grid(images / "reconstructions.png", [shown, model.reconstruct(shown)])
+        written.append(images / "reconstructions.png")
+    if isinstance(model, Sampler):
+        drawn = model.sample(2 * PICTURES)
+        write_grid(images / "samples.png", [drawn[:PICTURES], drawn[PICTURES:]])
+        written.append(images / "samples.png")
+    return written
+
+
+def write_grid(path: Path, rows: list[torch.Tensor]) -> None:
+    """A PNG of rows of frames uint8 (n, C, H, W), one pixel of white between."""
+    from matplotlib.image import imsave
+
+    pictures = [torch.cat([torch.nn.functional.pad(frame, (1, 1, 1, 1), value=255) for frame in row], dim=2) for row in rows]
+    imsave(path, as_rgb(torch.cat(pictures, dim=1)))
+
+
+def run(cfg: DictConfig) -> int:
+    """job=fit: fits `model` to the frames in `data`; the run folder's checkpoint can be reused by fit.path."""
+    settings = plain(cfg)
+    device = pick_device(cfg.device)
+    frames = FrameData(Path(str(cfg.data)))
+    seed_everything(derive_seed(cfg.seed, 0, "build"))
+    model = build(settings["model"], "model", obs_shape=frames.obs_shape, num_actions=1, device=device)
+    name = settings["choices"]["model"]
+    if not needs_fit(model):
+        raise UserError(f"model={name} has nothing to fit")
+    folder = new_folder(settings, f"fit-{name}")
+    write_versions(folder, device)
+    seed_everything(derive_seed(cfg.seed, 0, "fit"))
+    dashboard = Dashboard(folder, settings["wandb"], settings, settings["tensorboard"])
+    row: dict[str, Any] = {}
+    with MetricsLog(folder) as log, Progress(settings["fit"]["updates"], f"fitting {name}", unit="updates") as progress:
+        progress.message(f"run folder {folder}, {len(frames):,} frames")
+        for row in fit_rows(model, frames, settings["fit"], progress):
+            log.write({"frames": 0, "iteration": 0, **row})
+            dashboard.log({"frames": 0, "iteration": 0, **row})
+    write_pictures(model, frames, folder)
+    checkpoint.save(folder, {"frames": 0, "iteration": 0, "model": dict(model.state_dict())})
+    dashboard.close()
+    write_report(folder)
+    shown = ", ".join(f"{key.removeprefix('fit/')} {value:,.2f}" for key, value in row.items() if key != "fit/update")
+    print(f"fitted   {name}: {shown}\nreport   {folder / 'report.html'}\nreuse    encoder={name} fit.path={folder}")
+    return 0

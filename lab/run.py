@@ -1,0 +1,181 @@
+"""A run: its folder, its device, its seeds, and the objects that its configuration names."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from omegaconf import OmegaConf
+
+from envs.api import Spec, UserError, VectorEnv
+from generative.api import Density, Encoder, Planner, Simulator
+from lab.configure import MODEL_JOBS, build
+
+PROTOCOL_OF = {"encoder": Encoder, "density": Density, "simulator": Simulator, "planner": Planner}
+PACKAGES = ("torch", "numpy", "ale-py", "gymnasium", "numba", "faiss-cpu", "faiss-gpu", "hydra-core", "wandb", "safetensors")
+
+
+def new_folder(cfg: Mapping[str, Any], title: str) -> Path:
+    """Makes the run folder `runs_dir/run_name` (null: title, seed and time) with config.yaml and version.json in it."""
+    name = cfg.get("run_name") or f"{title}-{cfg['seed']}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if not re.fullmatch(r"[\w.,=+-]+", str(name)) or str(name).startswith("."):
+        raise UserError(f"run_name must be made of letters, digits and . , = + - _, got {name!r}")
+    folder = Path(str(cfg["runs_dir"])) / str(name)
+    if cfg.get("run_name") and folder.exists():
+        raise UserError(f"{folder} exists already; go on with it by resume={folder} or choose another run_name")
+    attempt = 1
+    while folder.exists():
+        attempt += 1
+        folder = folder.with_name(f"{name}-{attempt}")
+    folder.mkdir(parents=True)
+    write_config(folder, cfg)
+    return folder
+
+
+def write_config(folder: Path, cfg: Mapping[str, Any]) -> None:
+    """config.yaml: the resolved configuration."""
+    write_beside(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(cfg))))
+
+
+def write_beside(path: Path, text: str) -> None:
+    """Writes a file in one stroke: whole or not at all."""
+    beside = path.with_name(path.name + ".writing")
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
+def write_versions(folder: Path, device: torch.device) -> None:
+    """version.json: git hash, Python, packages, machine, device and threads."""
+    packages = {}
+    for package in PACKAGES:
+        try:
+            packages[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    facts = {
+        "git": commit.stdout.strip() or None,
+        "python": platform.python_version(),
+        "packages": packages,
+        "machine": platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "torch_threads": torch.get_num_threads(),
+        "command": " ".join(sys.argv),
+    }
+    write_beside(folder / "version.json", json.dumps(facts, indent=2))
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: CUDA where there is one. UserError where the device is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise UserError(f"device must be auto, cpu or cuda, got {name}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "device=cuda: torch finds no CUDA device here; use device=cpu, or install an NVIDIA driver and a CUDA build of torch"
+        )
+    return torch.device(name)
+
+
+def derive_seed(seed: int, iteration: int, purpose: str, rank: int = 0) -> int:
+    """A seed of 31 bits for one purpose in one iteration of one run."""
+    words = [seed, iteration, rank, *purpose.encode()]
+    return int(np.random.SeedSequence(words).generate_state(1)[0]) >> 1
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds the default generators of python, numpy and torch (CPU and CUDA), the only ones that are used."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def forked_seed(seed: int) -> Iterator[None]:
+    """Seeds everything for a while, then puts all random states back as they were."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        seed_everything(seed)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+def make_env(cfg: Mapping[str, Any], num_envs: int, device: torch.device, for_evaluation: bool = False) -> VectorEnv:
+    """The environment of a configuration; for evaluation, with the protocol's episode cap of evaluation."""
+    return build(cfg["env"], "env", num_envs=num_envs, device=device, protocol=make_protocol(cfg, for_evaluation))
+
+
+def make_protocol(cfg: Mapping[str, Any], for_evaluation: bool = False) -> Any:
+    """The protocol that an Atari configuration names, or None for worlds that know none."""
+    node = cfg.get("protocol")
+    if not node:
+        return None
+    from envs.protocols import PROTOCOLS
+
+    protocol = PROTOCOLS[node["name"]]
+    return protocol.for_evaluation() if for_evaluation else protocol
+
+
+def make_model(cfg: Mapping[str, Any], job: str, spec: Spec, device: torch.device) -> Any:
+    """The model that does `job`. UserError, by name, where the model cannot do it."""
+    model = build(cfg[job], job, obs_shape=spec.obs_shape, num_actions=spec.num_actions, device=device)
+    if not isinstance(model, PROTOCOL_OF[job]):
+        raise UserError(f"{job}={cfg.get('choices', {}).get(job, '?')}: a {type(model).__name__} is no {job}")
+    return model
+
+
+def make_agent(cfg: Mapping[str, Any], spec: Spec, device: torch.device) -> Any:
+    """The agent of a configuration with the models of its jobs."""
+    jobs = {job: make_model(cfg, job, spec, device) for job in MODEL_JOBS if cfg.get(job)}
+    return build(cfg["agent"], "agent", spec=spec, device=device, **jobs)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free now on the device (for the CPU, within the container's limit where there is one)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())  # the word "max" where there is no limit
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
+        free = min(free, limit - used)
+    except (OSError, ValueError, KeyError):
+        pass
+    return free
+
+
+def check_memory(needed: int, device: torch.device, advice: str) -> None:
+    """UserError, with both numbers of bytes, where the memory that a run will grow to is not there."""
+    free = free_bytes(device)
+    if needed > free:
+        raise UserError(f"the agent's memory will grow to {needed:,} bytes but only {free:,} are free on {device}; {advice}")
+
+
+def human_bytes(count: float) -> str:
+    """1536 -> '1.5 kB': decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

@@ -1,0 +1,261 @@
+"""job=train: iterations of play and learning, each followed by an evaluation, a report and a checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import signal
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from agents.loop import play, ticks_for
+from envs.api import UserError
+from generative.data import FrameData
+from lab import checkpoint, fit
+from lab.configure import RESUMABLE_KEYS, find_folder, plain
+from lab.dashboard import Dashboard
+from lab.evaluate import evaluate_agent, mean_return
+from lab.logging import EvaluationLog, MetricsLog, cut_back
+from lab.progress import Progress
+from lab.report import write_report
+from lab.run import (
+    check_memory,
+    derive_seed,
+    human_bytes,
+    make_agent,
+    make_env,
+    new_folder,
+    pick_device,
+    seed_everything,
+    write_config,
+    write_versions,
+)
+from lab.summary import summarise
+from lab.window import Window
+
+RECENT_EPISODES = 100
+INTERRUPTED = 130
+SHOWN = ("train/return_mean", "memory/bytes", "memory/entries")
+
+
+def run(cfg: DictConfig) -> int:
+    """Trains a new run, or goes on with `resume`. Returns 0, or 130 where Ctrl-C ended it early."""
+    settings = plain(cfg)
+    device = pick_device(settings["device"])
+    folder = find_folder(settings["resume"], "resume") if settings["resume"] else None
+    settings["resume"] = None
+    training = Training(settings, device, folder)
+    try:
+        return training.run()
+    finally:
+        training.close()
+
+
+def fingerprint(settings: Mapping[str, Any]) -> str:
+    """A digest of all that a resumed run may not change."""
+    fixed = {key: value for key, value in settings.items() if key not in (*RESUMABLE_KEYS, "evaluation", "resume")}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+
+
+class Training:
+    """One run, from nothing or from its last checkpoint to its budget.
+
+    Random state is a function of (seed, iteration), and each iteration plays in a fresh environment, so a run that stops and
+    resumes at an iteration's end goes on bit for bit (on the CPU).
+
+    Args:
+        settings: the resolved configuration.
+        device: of environment tensors, models and agent.
+        folder: the run folder to go on with, or None for a new one.
+    """
+
+    def __init__(self, settings: dict[str, Any], device: torch.device, folder: Path | None) -> None:
+        self.settings, self.device = settings, device
+        self.frames = self.iteration = self._interrupts = 0
+        self.recent: deque[float] = deque(maxlen=RECENT_EPISODES)
+        self._notes: list[str] = []
+        self.env = make_env(settings, settings["num_envs"], device)
+        self._frames_per_tick = self.env.num_envs * self.env.spec.frames_per_step
+        self._frames_per_iteration = ticks_for(settings["frames_per_iteration"], self.env) * self._frames_per_tick
+        seed_everything(self._seed("build"))
+        self.agent = make_agent(settings, self.env.spec, device)
+        self._announce_memory()
+        self.folder = folder or new_folder(settings, f"{settings['choices']['agent']}-{settings['choices']['env']}")
+        if folder:
+            cut_back(folder, self._restore(folder))
+            write_config(folder, settings)
+        write_versions(self.folder, device)
+        self.log, self.evaluations = MetricsLog(self.folder), EvaluationLog(self.folder)
+        self.dashboard = Dashboard(self.folder, settings["wandb"], settings, settings["tensorboard"], say=self._say)
+        self._notes += self.dashboard.notes
+
+    def run(self) -> int:
+        """Plays whole iterations until the budget is spent. Returns the exit code."""
+        handlers = {number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        budget, each, fresh = self.settings["frames"], self._frames_per_iteration, not self.frames
+        title = f"{self.settings['choices']['agent']} on {self.env.spec.name}"
+        try:
+            if fresh:
+                self._fit()
+            whole = self.frames + -(-max(0, budget - self.frames) // each) * each
+            with Progress(whole, title) as self.progress:
+                for note in self._notes:
+                    self.progress.message(note)
+                self.progress.message(f"run folder {self.folder}" + (f", going on at {self.frames:,} frames" if self.frames else ""))
+                if whole > budget:
+                    self.progress.message(f"frames={budget:,} becomes {whole:,}: whole iterations of {each:,}")
+                if fresh and not self._interrupts:
+                    self._evaluate()
+                    write_report(self.folder)
+                    if self.frames:
+                        self._save()
+                while self.frames < budget and not self._interrupts:
+                    self._iterate()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        if self._interrupts:
+            print(f"stopped at {self.frames:,} frames; go on with: python launch.py resume={self.folder}")
+            return INTERRUPTED
+        print(summarise(self.folder, self.settings, list(self.recent)))
+        return 0
+
+    def close(self) -> None:
+        """Ends emulators, logs and the dashboard."""
+        self.env.close()
+        self.log.close()
+        self.evaluations.close()
+        self.dashboard.close()
+
+    def _fit(self) -> None:
+        """Iteration 0: where the agent's encoder must be fitted, collects random play and fits it, or takes a fitted one from fit.path."""
+        encoder = getattr(self.agent, "encoder", None)
+        if encoder is None or not fit.needs_fit(encoder):
+            return
+        knobs = self.settings["fit"]
+        if knobs["path"]:
+            fit.load_fitted(encoder, knobs["path"])
+            return
+        shards, played = self.folder / "frames", 0
+        shutil.rmtree(shards, ignore_errors=True)
+        seed_everything(self._seed("collect"))
+        with Progress(knobs["frames"], "random play for the encoder") as self.progress:
+            for played in fit.collect_random(self.env, self.device, knobs["frames"], self._seed("env"), shards):
+                self.progress.update(played)
+                if self._interrupts:
+                    return
+        seed_everything(self._seed("fit"))
+        frames = FrameData(shards, self.env.spec.obs_shape, verify=False)
+        with Progress(knobs["updates"], "fitting the encoder", "updates") as self.progress:
+            for row in fit.fit_rows(encoder, frames, knobs, self.progress):
+                self._write({"frames": played, "iteration": 0, **row})
+                if self._interrupts:
+                    return
+        for picture in fit.write_pictures(encoder, frames, self.folder):
+            self.dashboard.image(f"encoder/{picture.stem}", picture, played)
+        shutil.rmtree(shards, ignore_errors=True)
+        self.frames = played
+
+    def _iterate(self) -> None:
+        """One iteration. Ctrl-C ends it early; what it learned is saved all the same."""
+        self.iteration += 1
+        seed_everything(self._seed("train"))
+        window = Window(self.env.num_envs, self.env.spec.frames_per_step, self.device)
+        before, logged, every = self.frames, self.frames, self.settings["log_frames"]
+        ticks = play(self.env, self.agent, self.settings["frames_per_iteration"], self._seed("env"))
+        for tick in ticks:
+            window.add(tick)
+            if self._interrupts:
+                tick = ticks.send(True)
+                window.add(tick)
+            self.frames = before + tick.played
+            self.progress.update(self.frames)
+            if self.frames - logged >= every:
+                logged = self.frames
+                self._log(window)
+        if logged != self.frames:
+            self._log(window)
+        if not window.episodes and self.iteration == 1:
+            self.progress.message("no lane finished an episode in the first iteration; raise frames_per_iteration")
+        if not self._interrupts:
+            self._evaluate()
+        every_iterations = (self.settings["checkpoint_frames"] or 1) // self.settings["frames_per_iteration"] or 1
+        if self._interrupts or self.iteration % every_iterations == 0 or self.frames >= self.settings["frames"]:
+            self._save()
+        write_report(self.folder)
+
+    def _log(self, window: Window) -> None:
+        row, returns = window.row()
+        self.recent.extend(returns)
+        self._write({"frames": self.frames, "iteration": self.iteration, **row})
+        shown = {name: value for name, value in row.items() if name.startswith("time/") or name in SHOWN}
+        self.progress.update(self.frames, **shown)
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        self.log.write(row)
+        self.dashboard.log(row)
+
+    def _evaluate(self) -> None:
+        video = self.folder / "videos" / f"iteration-{self.iteration:04d}.mp4" if self.settings["evaluation"]["video"] else None
+        rows = evaluate_agent(self.settings, self.agent, self.device, self.frames, self.iteration, video)
+        self.evaluations.write(rows)
+        score = mean_return(rows)
+        self.dashboard.log({"frames": self.frames, "iteration": self.iteration, "evaluation/return_mean": score})
+        if video and video.exists():
+            self.dashboard.video("evaluation/video", video, self.frames)
+        self.progress.message(f"score {score:,.1f} at {self.frames:,} frames ({len(rows)} episodes)")
+        self.progress.update(self.frames, score=score)
+
+    def _save(self) -> None:
+        state = {
+            "fingerprint": fingerprint(self.settings),
+            "frames": self.frames,
+            "iteration": self.iteration,
+            "recent": list(self.recent),
+            "logs": dict(self.log.position()),
+            "agent": self.agent.state_dict(),
+        }
+        checkpoint.save(self.folder, state)
+
+    def _restore(self, folder: Path) -> Mapping[str, int]:
+        """Takes up the last checkpoint and returns where the logs stood; without one the run starts anew."""
+        try:
+            loaded = checkpoint.load(folder)
+        except checkpoint.NoCheckpoint:
+            self._notes.append(f"{folder} was stopped before its first checkpoint, so it starts anew")
+            return {}
+        self._notes += loaded.warnings
+        state = loaded.state
+        if state.get("fingerprint") != fingerprint(self.settings):
+            raise UserError(f"{folder}/config.yaml is not what its checkpoint was made with; put it back, or start a new run")
+        self.frames, self.iteration = state["frames"], state["iteration"]
+        self.recent.extend(state["recent"])
+        self.agent.load_state_dict(state["agent"])
+        return state["logs"]
+
+    def _announce_memory(self) -> None:
+        """Says what the agent's memory will grow to. UserError where that is more than is free."""
+        budget = self.settings["frames"] + self._frames_per_iteration
+        needed = self.agent.required_bytes(budget // self.env.spec.frames_per_step)
+        check_memory(needed, self.device, "lower agent.capacity or frames")
+        if needed:
+            self._notes.append(f"the agent's memory grows to at most {human_bytes(needed)}, a checkpoint on disk to as much, kept twice")
+
+    def _seed(self, purpose: str) -> int:
+        return derive_seed(self.settings["seed"], self.iteration, purpose)
+
+    def _say(self, text: str) -> None:
+        self.progress.message(text)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._interrupts += 1
+        if self._interrupts > 1:
+            raise KeyboardInterrupt
+        self.progress.message("stopping: this iteration ends here and is saved (once more: stop at once)")
