@@ -14,7 +14,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -138,6 +138,8 @@ def check_numbers(cfg: DictConfig) -> None:
 
 def _one_line(trouble: Exception, configs: Path) -> str:
     text = " ".join(str(trouble).split())
+    if isinstance(trouble, OverrideParseException):
+        return f"{trouble.override} is not understood; a word is key=value, and what has spaces or brackets wants quotes"
     if isinstance(trouble, MissingConfigException) and trouble.options:
         group, _, word = (trouble.missing_cfg_file or "").rpartition("/")
         near = difflib.get_close_matches(word, trouble.options, n=3, cutoff=0.5) or sorted(trouble.options)[:12]

@@ -17,7 +17,7 @@ from generative.api import Sampler, Trainable
 from generative.data import FrameData, FrameWriter
 from generative.fit import Fitter
 from lab import checkpoint
-from lab.configure import build, find_folder, plain
+from lab.configure import build, find_folder, plain, read_config
 from lab.dashboard import Dashboard
 from lab.film import as_rgb
 from lab.logging import MetricsLog
@@ -55,17 +55,12 @@ def fit_rows(model: Any, frames: FrameData, knobs: Mapping[str, Any], progress: 
 def load_fitted(model: Any, path: str) -> None:
     """Puts the model of another run (a job=fit run, or the encoder of a trained agent) into `model`. UserError where it does not fit."""
     folder = find_folder(path, "fit.path")
-    for part in ("model", "agent/encoder"):
-        try:
-            state = checkpoint.load(folder, only=part).state
-        except KeyError:
-            continue
-        try:
-            model.load_state_dict(state)
-        except (RuntimeError, KeyError, ValueError) as trouble:
-            raise UserError(f"fit.path={path}: its model is of another kind or shape: {' '.join(str(trouble).split())[:300]}") from trouble
-        return
-    raise UserError(f"fit.path={path}: this run holds no fitted model")
+    part = "model" if read_config(folder)["job"] == "fit" else "agent/encoder"
+    state = checkpoint.load(folder, only=part).state
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, KeyError, ValueError) as trouble:
+        raise UserError(f"fit.path={path}: its model is of another kind or shape: {' '.join(str(trouble).split())[:300]}") from trouble
 
 
 def needs_fit(model: Any) -> bool:
@@ -114,11 +109,13 @@ def run(cfg: DictConfig) -> int:
     row: dict[str, Any] = {}
     with MetricsLog(folder) as log, Progress(settings["fit"]["updates"], f"fitting {name}", unit="updates") as progress:
         progress.message(f"run folder {folder}, {len(frames):,} frames")
-        for row in fit_rows(model, frames, settings["fit"], progress):
-            log.write({"frames": 0, "iteration": 0, **row})
-            dashboard.log({"frames": 0, "iteration": 0, **row})
+        try:
+            for row in fit_rows(model, frames, settings["fit"], progress):
+                log.write({"frames": 0, "iteration": 0, **row})
+                dashboard.log({"frames": 0, "iteration": 0, **row})
+        finally:  # a loss that is not finite leaves the model at its last good state
+            checkpoint.save(folder, {"frames": 0, "iteration": 0, "model": dict(model.state_dict())})
     write_pictures(model, frames, folder)
-    checkpoint.save(folder, {"frames": 0, "iteration": 0, "model": dict(model.state_dict())})
     dashboard.close()
     write_report(folder)
     shown = ", ".join(f"{key.removeprefix('fit/')} {value:,.2f}" for key, value in row.items() if key != "fit/update")

@@ -60,7 +60,8 @@ def run(cfg: DictConfig) -> int:
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
     """A digest of all that a resumed run may not change."""
-    fixed = {key: value for key, value in settings.items() if key not in (*RESUMABLE_KEYS, "evaluation", "resume")}
+    free = (*RESUMABLE_KEYS, "evaluation", "resume", "runs_dir", "run_name")
+    fixed = {key: value for key, value in settings.items() if key not in free}
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 

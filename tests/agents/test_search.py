@@ -193,7 +193,7 @@ def test_scan_filters_and_keeps_its_step_when_one_key_is_far() -> None:
         search = ScanSearch(64, 1, 1)
         search.rebuild([keys], [50000])
         measured: list[int] = []
-        search._scan = lambda *arguments, measured=measured: measured.append(scan.search(*arguments))  # type: ignore[assignment]
+        search._scan = lambda *arguments, measured=measured: measured.append(scan.search(*arguments))
         search.nearest([keys], [50000], torch.randn(8, 64, generator=g), torch.ones(8, 1, dtype=torch.bool), K)
         assert measured[0] < 8 * 500
 

@@ -1,0 +1,184 @@
+"""The door: what a user types, right and wrong. A mistake is one line on stderr and exit code 2."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import launch
+from lab.configure import CONFIGS, compose
+
+ROOT = Path(__file__).parent.parent
+SHORT = ["wandb=off", "frames=640", "frames_per_iteration=320", "log_frames=64", "num_envs=4"]
+SHORT_EVALUATION = ["evaluation.num_envs=2", "evaluation.video=false"]
+
+
+def train(tmp_path, *words: str, name: str = "run") -> int:
+    return launch.main(["env=Catch", *SHORT, *SHORT_EVALUATION, f"runs_dir={tmp_path}", f"run_name={name}", *words])
+
+
+def refused(capsys, *words: str) -> str:
+    """The one line that the words earn."""
+    capsys.readouterr()
+    assert launch.main(list(words)) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1, err
+    assert "Traceback" not in out + err
+    return err
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["env=Pnog"], "Pong"),
+        (["env=joust"], "env=joust"),
+        (["agent=episodic_contrl"], "episodic_control"),
+        (["encoder=vea"], "vae"),
+        (["agent=random", "encoder=vae"], "encoder="),
+        (["env=Catch", "protocol=mfec2016"], "protocol="),
+        (["protocol=mfec2017"], "mfec2016"),
+        (["job=trian"], "train"),
+        (["frams=1000"], "frames"),
+        (["agent.kk=3"], "agent.kk"),
+        (["env=Catch", "+agent.kk=3"], "agent.kk"),
+        (["env=Catch", "agent.k=many"], "agent.k must be a whole number"),
+        (["env=Catch", "agent.k=2.5"], "agent.k must be a whole number"),
+        (["env=Catch", "agent.search=annoy"], "annoy"),
+        (["env=Catch", "agent.epsilon=2"], "epsilon"),
+        (["env=Catch", "agent.capacity=0"], "capacity"),
+        (["frames=0"], "frames must be"),
+        (["frames=-5"], "frames must be"),
+        (["frames=lots"], "frames must be"),
+        (["num_envs=0"], "num_envs must be"),
+        (["seed=-1"], "seed must be"),
+        (["seed=first"], "seed must be"),
+        (["checkpoint_frames=1_500_000"], "multiple"),
+        (["evaluation.episodes_per_lane=0"], "evaluation.episodes_per_lane"),
+        (["fit.updates=-1"], "fit.updates"),
+        (["hello"], "key=value"),
+        (["frames=[1"], "frames"),
+        (["experiment=none_such"], "none_such"),
+        (["job=fit"], "data="),
+        (["job=fit", "data=/nowhere/at/all"], "/nowhere/at/all"),
+        (["job=evaluate"], "run="),
+        (["job=evaluate", "run=/nowhere"], "/nowhere"),
+        (["job=report", "run=/nowhere"], "/nowhere"),
+        (["resume=/nowhere"], "/nowhere"),
+        (["env=Catch", "run_name=../escape"], "run_name"),
+        (["env=Catch", "wandb=maybe"], "wandb"),
+        (["env=Catch", "device=tpu"], "device"),
+    ],
+)
+def test_mistakes_are_one_line(words, expected, capsys, tmp_path):
+    line = refused(capsys, *words, *([] if any(word.startswith("resume") for word in words) else [f"runs_dir={tmp_path}"]))
+    assert expected in line
+    assert not list(tmp_path.rglob("checkpoint"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what the mistake is about")
+def test_device_that_is_not_there(capsys):
+    assert "CUDA" in refused(capsys, "env=Catch", "device=cuda")
+
+
+def test_capacity_beyond_memory_tells_the_bytes(capsys, tmp_path):
+    line = refused(capsys, "env=Pong", "agent.capacity=1_000_000_000_000", "frames=1_000_000_000_000_000", f"runs_dir={tmp_path}")
+    needed, free = (int(word.replace(",", "")) for word in line.split() if word.replace(",", "").isdigit())
+    assert needed > 6 * 10**12 * 300
+    assert 10**6 < free < 10**14
+    assert not list(tmp_path.iterdir())
+
+
+def test_capacity_that_the_budget_can_never_fill_is_fine(tmp_path):
+    assert train(tmp_path, "agent.capacity=1_000_000_000_000") == 0
+
+
+def test_help_explains_itself(capsys):
+    assert launch.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for word in ("agent=episodic_control", "resume=", "MontezumaRevenge", "Catch", "machado2018", "agent.key_frames", "frames_per_iteration"):
+        assert word in text
+
+
+def test_run_folder_holds_what_it_should(tmp_path):
+    assert train(tmp_path) == 0
+    run = tmp_path / "run"
+    for name in ("config.yaml", "version.json", "metrics.jsonl", "evaluation.csv", "checkpoint", "checkpoint.previous", "report.html"):
+        assert (run / name).exists(), name
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["frames"] for row in rows] == list(range(64, 641, 64))
+    assert {row["iteration"] for row in rows} == {1, 2}
+    for row in rows:
+        assert 0.99 < sum(value for name, value in row.items() if name.startswith("time/")) < 1.01
+
+
+def test_budget_is_whole_iterations(tmp_path, capsys):
+    assert train(tmp_path, "frames=400") == 0
+    assert "frames=400 becomes 640" in capsys.readouterr().out
+
+
+def test_existing_run_name_is_not_overwritten(tmp_path, capsys):
+    assert train(tmp_path) == 0
+    line = refused(capsys, "env=Catch", *SHORT, f"runs_dir={tmp_path}", "run_name=run")
+    assert "resume=" in line
+
+
+def test_numbers_may_be_typed_as_people_type_them():
+    assert compose(["frames=2_000_000"]).frames == compose(["frames=2e6"]).frames == 2_000_000
+
+
+def test_every_atari_game_is_an_option():
+    from envs.atari import GAMES
+
+    assert len(GAMES) == 104
+    for name in ("Pong", "MontezumaRevenge", "MsPacman", "Qbert"):
+        assert compose([f"env={name}"]).env.game == name
+
+
+def small_frames(words: list[str]) -> list[str]:
+    return [*words, "frames=64", "frames_per_iteration=64", "num_envs=4", "wandb=off", *SHORT_EVALUATION, "evaluation.episodes_per_lane=1"]
+
+
+ENVS = sorted(path.stem for path in (CONFIGS / "env").glob("*.yaml") if path.stem != "atari")
+FIT = ["fit.frames=64", "fit.updates=2", "fit.batch_size=8"]
+
+
+@pytest.mark.parametrize("env", ENVS)
+def test_every_environment_runs_64_frames(env, tmp_path):
+    assert launch.main(small_frames([f"env={env}", f"runs_dir={tmp_path}"])) == 0
+
+
+@pytest.mark.parametrize("agent", sorted(path.stem for path in (CONFIGS / "agent").glob("*.yaml")))
+def test_every_agent_runs_64_frames(agent, tmp_path):
+    assert launch.main(small_frames([f"agent={agent}", "env=Catch", f"runs_dir={tmp_path}"])) == 0
+
+
+@pytest.mark.parametrize("model", sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml")))
+def test_every_model_encodes_for_64_frames_and_2_updates(model, tmp_path):
+    env = "Pong" if model.endswith("mfec") else "Catch"
+    words = [f"encoder={model}", f"env={env}", f"runs_dir={tmp_path}", *FIT]
+    if env == "Pong":
+        words += ["evaluation.num_envs=1"]
+        pytest.importorskip("ale_py")
+    assert launch.main(small_frames(words) if env == "Catch" else [*small_frames(words), "env.num_threads=1"]) == 0
+
+
+@pytest.mark.parametrize("experiment", sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml")))
+def test_every_experiment_composes(experiment):
+    assert compose([f"experiment={experiment}"]).choices.experiment == experiment
+
+
+@pytest.mark.parametrize("bench", sorted(path.stem for path in (CONFIGS / "bench").glob("*.yaml")))
+def test_every_line_of_every_bench_composes(bench):
+    for words in compose(["job=bench", f"bench={bench}"]).bench.runs:
+        compose([str(word) for word in words])
+
+
+def test_start_is_quick_and_light():
+    """What is rarely used is imported late."""
+    code = "import sys, lab.train; print([name for name in ('wandb', 'matplotlib', 'faiss', 'tensorboard', 'imageio_ffmpeg') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
