@@ -1,8 +1,8 @@
 """uint8 codes of one table of keys, kept in step with it: what the `scan` search reads instead of the keys.
 
 **Layout.** Codes are uint8 [block of 16 rows][dims / 4][row of 16][4], dims padded to a multiple of four; beside them one int32 a row,
-minus half the squared norm of its code (`ALWAYS` where the row must pass every filter). A code c stands for u = c - 128, and a key is
-centre + step * u + e. `agents.scan` says what the bound on |e| is for.
+minus half the squared norm of its code. A code c stands for the integer u = c - 128. A key x is first clipped to the box
+centre + step * [-128, 127]: P(x) = centre + step * u + e. `agents.scan` says what the bound on |e| is for.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from numba import njit
 from torch import Tensor
 
 BLOCK = 16  # rows a vector of int32 sums
-ALWAYS = 1 << 30
-MAX_DIMS = 8192  # keeps every int32 sum below ALWAYS
+MAX_DIMS = 8192  # keeps every int32 sum in range
 
 
 def bytes_per_row(dims: int) -> int:
@@ -25,36 +24,31 @@ def bytes_per_row(dims: int) -> int:
 
 
 @njit(cache=True, nogil=True)
-def encode(keys, rows, codes, halves, centre, step, cap, slack):
-    """Writes codes and half norms of `rows` int64 (M) of `keys` float32 (capacity, D), a row with |e| > cap as one that always passes.
+def encode(keys, rows, codes, halves, centre, step):
+    """Writes codes and half norms of `rows` int64 (M) of `keys` float32 (capacity, D).
 
-    Returns the greatest |e| of the other rows, and by how many the rows that always pass have grown more.
+    Returns the greatest |e|, computed in float64, and how many rows were clipped.
     """
     dims = centre.shape[0]
     groups = (dims + 3) // 4
-    greatest, more = 0.0, 0
+    greatest, clipped = 0.0, 0
     for row in rows:
-        norm, error = 0, 0.0
+        norm, error, beyond = 0, 0.0, 0
         base = (row // BLOCK) * groups * 64 + (row % BLOCK) * 4
         for d in range(4 * groups):
             code = 0.0
             if d < dims:
-                value = np.float64(keys[row, d])
-                code = min(max(np.rint((value - centre[d]) / step), -128.0), 127.0)
-                gap = value - (centre[d] + step * code)
-                error += gap * gap
+                place = (np.float64(keys[row, d]) - centre[d]) / step
+                inside = min(max(place, -128.0), 127.0)
+                code = np.rint(inside)
+                error += (inside - code) * (inside - code)
+                if place != inside:
+                    beyond = 1
             norm += int(code) * int(code)
             codes[base + (d // 4) * 64 + d % 4] = np.uint8(int(code) + 128)
-        error = np.sqrt(error) + slack
-        if halves[row] == ALWAYS:
-            more -= 1
-        if error <= cap:
-            halves[row] = -(norm >> 1)
-            greatest = max(greatest, error)
-        else:
-            halves[row] = ALWAYS
-            more += 1
-    return greatest, more
+        halves[row] = -(norm >> 1)
+        greatest, clipped = max(greatest, error), clipped + beyond
+    return step * np.sqrt(greatest), clipped
 
 
 @njit(cache=True, nogil=True)
@@ -70,11 +64,11 @@ def spread(keys, count, centre, out):
 class Codes:
     """The codes of one table, with one centre and one step for all rows.
 
-    Both are fitted anew at every doubling, and whenever too many rows lie beyond the range (such rows pass every filter and are
-    measured in every search: a single far key must not cost all others their resolution).
+    Both are fitted anew at every doubling, and whenever too many rows were clipped (a few are left so on purpose: a single far key must not
+    cost all others their resolution).
 
     Attributes: codes uint8 and halves int32 (aligned to 64 bytes), filled (rows known), centre float64 (D), step, slack (what float64 may
-    lose in computing |e|), error (the greatest |e| of the filtered rows, slack included).
+    lose in computing |e|), error (the greatest |e| of all rows, slack included).
     """
 
     def __init__(self, dims: int) -> None:
@@ -84,7 +78,7 @@ class Codes:
         self.codes, self.halves = torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.int32)
         self.centre = np.zeros(dims)
         self.step, self.slack, self.error = 1.0, 0.0, 0.0
-        self._cap, self._beyond, self._next_fit = 0.0, 0, 1
+        self._clipped, self._next_fit = 0, 1
 
     def written(self, keys: Tensor, rows: np.ndarray) -> None:
         """Takes in `rows` int64 (M) of `keys` float32 (capacity, D), which may be a larger copy of the tensor of the call before."""
@@ -94,7 +88,7 @@ class Codes:
             self._fit(keys.numpy())
             return
         self._encode(keys.numpy(), rows)
-        if self._beyond > 32 + self.filled // 1024:
+        if self._clipped > 32 + self.filled // 1024:
             self._fit(keys.numpy())
 
     def load(self, keys: Tensor, size: int) -> None:
@@ -126,15 +120,13 @@ class Codes:
         place = max(self.filled - 9 - self.filled // 4096, self.filled // 2)
         radius = float(np.partition(far, place)[place]) or float(far.max()) or 127.0
         self.step = 1.1 * radius / 127
-        root = math.sqrt(self.dims)
-        self.slack = 2.0**-50 * (float(np.abs(self.centre).max()) + 128 * self.step) * root
-        self._cap = 0.5 * self.step * root * 1.000001 + 2 * self.slack
-        self.error, self._beyond = 0.0, 0
-        self.halves.zero_()
+        # Subtraction, division and rounding lose less than 2^-51 of at most 128 steps in each dimension.
+        self.slack = 2.0**-50 * 128 * self.step * math.sqrt(self.dims)
+        self.error, self._clipped = 0.0, 0
         self._encode(keys, np.arange(self.filled))
         self._next_fit = 2 * self.filled
 
     def _encode(self, keys: np.ndarray, rows: np.ndarray) -> None:
         codes, halves = self.codes.numpy(), self.halves.numpy()
-        greatest, more = encode(keys, rows, codes, halves, self.centre, self.step, self._cap, self.slack)
-        self.error, self._beyond = max(self.error, greatest), self._beyond + more
+        greatest, clipped = encode(keys, rows, codes, halves, self.centre, self.step)
+        self.error, self._clipped = max(self.error, greatest + self.slack), self._clipped + clipped

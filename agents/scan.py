@@ -5,15 +5,15 @@ Nothing here compiles at import; every function compiles at its first call and i
 A 64-byte vector of codes holds four dimensions of sixteen rows, so one vpdpbusd adds four products to sixteen int32 sums and no sum is ever
 taken across a vector. Codes of eight queries are int8 [dims / 4][query of 8][4].
 
-**Why no neighbour is lost.** Write a key as x = c + s u + e, with the table's centre c, step s and integers u in -128..127, and a query as
-q = c + s v + f. By the triangle inequality s |v - u| <= |q - x| + |e| + |f|. Let r be the distance of the worst of the k rows held so far
-(infinite while fewer are held). A row that belongs among the k nearest has |q - x| <= r, hence
+**Why no neighbour is lost.** Let P clip a point to the table's box of codes (`agents.codes`). A key has P(x) = c + s u + e and a query
+P(q) = c + s v + f with integers u and v; |e| and |f| are rounding errors, however far key or query lie outside. Clipping to a convex
+set moves no two points apart, so s |v - u| <= |P(q) - P(x)| + |e| + |f| <= |q - x| + |e| + |f|. Let r be the distance of the worst of
+the k rows held so far (infinite while fewer are held). A row that belongs among the k nearest has |q - x| <= r, hence
 
     |v - u|^2 <= ((r + e_max + |f|) / s)^2 = L,        |v - u|^2 = |v|^2 + |u|^2 - 2 v.u   exactly, in integers,
 
 which is tested as v.u - floor(|u|^2 / 2) >= floor((|v|^2 - L) / 2); every rounding lets more rows through, and L is inflated by more than
-the float64 error of computing it. Whatever passes is measured exactly (`_exact`). A key beyond the codes' range has a large |e|: it is
-marked so that it always passes, and is left out of e_max. A query beyond the range has a large |f|: L grows, more rows pass, none is lost.
+the float64 error of computing it. Whatever passes is measured exactly (`_exact`).
 """
 
 from __future__ import annotations
@@ -281,14 +281,13 @@ def _aim(queries, chosen, centre, step, slack, codes, error, norm, shift):
     for i in range(chosen.shape[0]):
         total, square, gaps = 0, 0, 0.0
         for d in range(centre.shape[0]):
-            value = np.float64(queries[chosen[i], d])
-            code = min(max(np.rint((value - centre[d]) / step), -128.0), 127.0)
-            gap = value - (centre[d] + step * code)
-            gaps += gap * gap
+            inside = min(max((np.float64(queries[chosen[i], d]) - centre[d]) / step, -128.0), 127.0)
+            code = np.rint(inside)
+            gaps += (inside - code) * (inside - code)
             total += int(code)
             square += int(code) * int(code)
             codes[i // TILE, d // 4, i % TILE, d % 4] = np.int8(code)
-        error[i] = np.sqrt(gaps) * (1.0 + 1e-9) + slack
+        error[i] = step * np.sqrt(gaps) + slack
         norm[i], shift[i] = square, 128 * total
 
 

@@ -1,7 +1,7 @@
 """How fast `envs.atari.AtariEnv` is through its Step contract, beside the bare AtariVectorEnv of ale-py with the same settings.
 
-Both play the same random actions in turns, a few hundred milliseconds each, who goes first alternating, so that a noisy machine troubles both;
-each pair of turns gives one ratio, and the median counts.
+Both play the same random actions in turns, a few hundred milliseconds each, who goes first alternating, so that a noisy machine troubles
+both; each pair of turns gives one ratio, and the median counts.
 
     python -m benchmarks.env_speed --out benchmarks/results/env_speed.json
 """
@@ -112,10 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for obs in arguments.obs:
             row = measure(game, obs, arguments.num_envs, arguments.num_threads, arguments.pairs, arguments.steps, arguments.device)
             low, high = row["ratio_quartiles"]
-            print(
-                f"{game:16s} {obs:11s} {row['frames_per_second']:9d} {row['bare_frames_per_second']:9d} {row['ratio_median']:6.3f}  {low:.3f}-{high:.3f}",
-                flush=True,
-            )
+            speeds = f"{row['frames_per_second']:9d} {row['bare_frames_per_second']:9d}"
+            print(f"{game:16s} {obs:11s} {speeds} {row['ratio_median']:6.3f}  {low:.3f}-{high:.3f}", flush=True)
             rows.append(row)
     if arguments.out:
         result = {

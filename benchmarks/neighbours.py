@@ -170,17 +170,16 @@ def markdown(result: dict[str, Any]) -> str:
     machine = result["hardware"]
     head = f"| game | keys a table | {' | '.join(f'{name}: ms / least / cpu, recall' for name in names)} | keys |"
     lines = [
-        f"{QUERIES} queries in each of {ACTIONS} tables, {DIMS} dimensions, k = {K}: milliseconds of one call for the whole batch: median / least / processor time.",
+        f"{QUERIES} queries in each of {ACTIONS} tables, {DIMS} dimensions, k = {K}. Milliseconds of one call for the whole batch:",
+        "median / least / processor time of all threads (which a crowded machine changes least).",
         f"{machine['cpu']}, {machine['cpus']} processors, shared with other work (load {machine['load']:.1f} at the start).",
         "",
         head,
         "|" + "---|" * (len(names) + 3),
     ]
     for row in result["rows"]:
-        cells = (
-            f"{row[name]['ms_median']:.2f} / {row[name]['ms_least']:.2f} / {row[name]['cpu_ms']:.2f}, {row[name]['recall']:.4f}"
-            for name in names
-        )
+        figures = [row[name] for name in names]
+        cells = (f"{f['ms_median']:.2f} / {f['ms_least']:.2f} / {f['cpu_ms']:.2f}, {f['recall']:.4f}" for f in figures)
         lines.append(f"| {row['game']} | {row['size']:,} | {' | '.join(cells)} | {row['keys']} |")
     return "\n".join(lines) + "\n"
 

@@ -82,10 +82,8 @@ class Toy:
         self._position = position.clone()
         self._position[last] = self._open(ends)
         self._steps[last] = 0
-        obs, seen_last, *rest = self._transfer(
-            self._draw(self._position).numpy(), seen.numpy(), reward.numpy(), discount.numpy(), last.numpy()
-        )
-        return Step(obs, rest[0], rest[1], rest[2], seen_last)
+        opened = self._draw(self._position)
+        return Step(*self._transfer(opened.numpy(), reward.numpy(), discount.numpy(), last.numpy(), seen.numpy()))
 
     def step(self, action: Tensor) -> Step:
         """`send`, then `recv`."""

@@ -6,6 +6,7 @@ Each run is a process of its own and a run folder under `runs_dir/bench-NAME/`; 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,16 +27,16 @@ def run(cfg: DictConfig) -> int:
     """Runs what is not finished yet, then writes table.md, results.json and curves.png."""
     bench = plain(cfg)["bench"]
     if not isinstance(bench.get("runs"), list) or not bench["runs"] or not bench.get("seeds"):
-        raise UserError("a bench needs runs (a list of lists of key=value) and seeds")
+        raise UserError("a bench needs runs (a list of lists of key=value), seeds, and may have words in common")
     folder = Path(str(cfg.runs_dir)) / f"bench-{bench['name']}"
-    folders: dict[str, list[Path]] = {}
-    for words in bench["runs"]:
-        label = " ".join(str(word) for word in words)
-        for seed in bench["seeds"]:
-            name = f"{len(folders)}-seed-{seed}" if label not in folders else f"{list(folders).index(label)}-seed-{seed}"
-            target = folder / name
-            folders.setdefault(label, []).append(target)
-            code = _train(target, [str(word) for word in words], seed, str(cfg.device))
+    folders: dict[str, list[Path]] = {" ".join(map(str, words)): [] for words in bench["runs"]}
+    for seed in bench["seeds"]:
+        for label, words in zip(folders, bench["runs"]):
+            target = folder / f"{slug(label)}-seed-{seed}"
+            folders[label].append(target)
+            code = _train(target, [str(word) for word in (*bench.get("common", []), *words)], seed, str(cfg.device))
+            if code == 130:
+                raise KeyboardInterrupt
             if code:
                 print(f"{label} seed {seed} ended with exit code {code}; the bench goes on without it")
     results = [summarise_group(label, [path for path in paths if (path / "evaluation.csv").exists()]) for label, paths in folders.items()]
@@ -45,6 +46,11 @@ def run(cfg: DictConfig) -> int:
     print(table(results))
     print(f"results  {folder}")
     return 0
+
+
+def slug(label: str) -> str:
+    """A file name from words: "env=Qbert encoder=vae" -> "env-Qbert-encoder-vae"."""
+    return re.sub(r"[^\w.]+", "-", label).strip("-")
 
 
 def _train(target: Path, words: list[str], seed: int, device: str) -> int:

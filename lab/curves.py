@@ -79,15 +79,14 @@ def label(value: float) -> str:
     """A number in few characters: 1,234.5, 1.2M, 0.034, 2e-05; an em dash where it is not finite."""
     if not math.isfinite(value):
         return "—"
-    size = abs(value)
+    size, sign = abs(value), "−" if value < 0 else ""
     if size >= 1e15 or 0 < size < 1e-4:
-        return f"{value:.2g}"
-    for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if size >= unit:
-            scale = 1e3 if name == "k" else unit
-            return f"{value / scale:,.2f}".rstrip("0").rstrip(".") + name
-    text = f"{value:,.0f}" if size >= 1000 else f"{value:.1f}" if size >= 100 else f"{value:.2f}" if size >= 1 else f"{value:.4f}"
-    return (text.rstrip("0").rstrip(".") if "." in text else text).replace("-", "−")
+        return f"{sign}{size:.2g}"
+    for least, unit, name in ((1e12, 1e12, "T"), (1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if size >= least * (1 - 5e-6):  # so that 999,999 is 1M and not 1,000k
+            return sign + f"{size / unit:.2f}".rstrip("0").rstrip(".") + name
+    text = f"{size:,.0f}" if size >= 1000 else f"{size:.1f}" if size >= 100 else f"{size:.2f}" if size >= 1 else f"{size:.4f}"
+    return sign + (text.rstrip("0").rstrip(".") if "." in text else text)
 
 
 def line_chart(

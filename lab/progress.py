@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -48,7 +50,7 @@ class Progress:
             console: a rich console in place of `stream`.
         """
         self.total, self.title, self.unit = max(0, int(total)), title, unit
-        self._console = console or Console(file=stream, highlight=False)
+        self._console = console or _Console(file=stream, highlight=False)
         self._clock, self._every = clock, every_seconds
         self._is_live = self._console.is_terminal and not self._console.is_dumb_terminal
         if self._is_live:
@@ -184,6 +186,14 @@ class Progress:
             work()
         except (OSError, ValueError, LiveError):
             self._is_broken = True
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Where nobody reads any more (a closed pipe) rich would end the program; a run goes on, and its words go nowhere."""
+        self.quiet = True
+        if self.file is sys.stdout:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fill(pieces: list[tuple[str, str]], width: int, separator: str) -> list[Text]:

@@ -173,8 +173,25 @@ def test_every_experiment_composes(experiment):
 
 @pytest.mark.parametrize("bench", sorted(path.stem for path in (CONFIGS / "bench").glob("*.yaml")))
 def test_every_line_of_every_bench_composes(bench):
-    for words in compose(["job=bench", f"bench={bench}"]).bench.runs:
-        compose([str(word) for word in words])
+    cfg = compose(["job=bench", f"bench={bench}"]).bench
+    for words in cfg.runs:
+        compose([str(word) for word in (*cfg.common, *words)])
+
+
+def test_bench_makes_a_table_and_a_picture_and_goes_on_where_it_was(tmp_path, capsys):
+    words = ["job=bench", "bench=demo", f"runs_dir={tmp_path}", "bench.seeds=[0,1]", 'bench.runs=[["env=Catch","frames=640"]]']
+    common = 'bench.common=["frames_per_iteration=320","evaluation.num_envs=2","evaluation.video=false"]'
+    assert launch.main([*words, common]) == 0
+    folder = tmp_path / "bench-demo"
+    (result,) = json.loads((folder / "results.json").read_text())
+    assert result["seeds"] == 2
+    assert result["frames"] == 640
+    assert len(result["final_by_seed"]) == 2
+    assert "| env=Catch frames=640 | 640 | 2 |" in (folder / "table.md").read_text()
+    assert (folder / "curves.png").stat().st_size > 1000
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("metrics.jsonl")}
+    assert launch.main([*words, common]) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("metrics.jsonl")}
 
 
 def test_start_is_quick_and_light():

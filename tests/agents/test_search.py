@@ -208,6 +208,31 @@ def test_the_error_bound_is_needed_and_kept() -> None:
     agree(told("scan", [keys], [20000]), [keys], [20000], queries)
 
 
+def test_a_row_that_rounds_away_from_the_query_is_not_lost() -> None:
+    """Two keys at 10.60 and 10.55 steps in each dimension from a query that rounds to itself: the nearer has the farther code."""
+    keys = torch.randn(100, 64, generator=torch.Generator().manual_seed(11))
+    search = told("scan", [keys], [100])
+    assert isinstance(search, ScanSearch)
+    centre, step = torch.from_numpy(search._tables[0].centre).float(), search._tables[0].step
+    keys[:] = centre + 100 * step
+    keys[5], keys[90] = centre + 10.6 * step, centre + 10.55 * step
+    search.written(0, keys, torch.arange(100))
+    assert search._tables[0].step == step
+    agree(search, [keys], [100], centre[None], k=1)
+
+
+def test_codes_follow_keys_that_spread() -> None:
+    g = torch.Generator().manual_seed(12)
+    keys = torch.randn(2000, 64, generator=g)
+    keys[1000:] *= 100
+    search = ScanSearch(64, 1)
+    search.written(0, keys, torch.arange(1000))
+    step = search._tables[0].step
+    for rows in torch.arange(1000, 1500).split(20):
+        search.written(0, keys, rows)
+    assert search._tables[0].step > 50 * step
+
+
 def test_exact_distances_by_hand() -> None:
     query = torch.zeros(2, 10)
     keys = torch.arange(20.0).view(2, 10)

@@ -111,7 +111,7 @@ def test_contract(game, steps, obs):
     shown, _ = play(env, steps)
     for step in shown:
         check_step(step, env.spec)
-        assert step.obs.is_contiguous()
+        assert step.obs.is_contiguous(memory_format=torch.channels_last if step.obs.shape[1] == 3 else torch.contiguous_format)
         assert (step.next_obs is step.obs) == (not step.last.any() or step is shown[0])
     first = shown[0]
     assert first.last.all()

@@ -30,13 +30,16 @@ def test_what_is_packed_comes_out():
     for tensor, array in zip(unpack(block, given), given, strict=True):
         assert torch.equal(tensor, torch.from_numpy(array.copy()))
         assert tensor.dtype == torch.from_numpy(array.copy()).dtype
+        assert tensor.is_contiguous()
         assert tensor.data_ptr() % ALIGNMENT == block.data_ptr() % ALIGNMENT
 
 
-def test_on_the_cpu_nothing_is_copied():
+def test_on_the_cpu_only_what_must_be_is_copied():
     given = arrays()
     for tensor, array in zip(Transfer("cpu")(*given), given):
-        assert tensor.data_ptr() == array.ctypes.data
+        assert tensor.is_contiguous()
+        assert torch.equal(tensor, torch.from_numpy(array))
+        assert (tensor.data_ptr() == array.ctypes.data) == array.flags.c_contiguous
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

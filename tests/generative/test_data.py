@@ -93,6 +93,7 @@ def test_a_folder_with_frames_is_refused_unless_told(folder):
     fresh = frames_of(2)
     with FrameWriter(folder, SHAPE, {}, overwrite=True) as writer:
         writer.append(fresh)
+        refused(folder, r"holds no manifest\.json")
     assert torch.equal(FrameData(folder).batch(torch.arange(2)), fresh)
     assert len(list(folder.iterdir())) == 2
 
