@@ -116,16 +116,20 @@ class EpisodicControl:
             self._exact_rate = self._exact / self._lookups
             self._exact, self._lookups = torch.zeros_like(self._exact), 0
         sizes = {f"memory/entries_{name.lower()}": float(size) for name, size in zip(self._spec.action_names, self.memory.sizes)}
-        return {"memory/entries": float(len(self.memory)), "memory/exact_hit_rate": self._exact_rate, **sizes}
+        return {
+            "memory/entries": float(len(self.memory)),
+            "memory/bytes": float(self.memory.nbytes),
+            "memory/exact_hit_rate": self._exact_rate,
+            **sizes,
+        }
 
     def required_bytes(self, steps: int) -> int:
         """Bytes that the tables take after `steps` agent steps of all lanes together."""
         return self.memory.required_bytes(steps)
 
     def state_dict(self) -> dict[str, Any]:
-        encoder = self.encoder.state_dict() if hasattr(self.encoder, "state_dict") else {}
         hits = {"exact": self._exact, "lookups": self._lookups, "rate": float(self._exact_rate)}
-        return {"encoder": dict(encoder), "memory": self.memory.state_dict(), "hits": hits}
+        return {"encoder": dict(self.encoder.state_dict()), "memory": self.memory.state_dict(), "hits": hits}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.encoder.load_state_dict(state["encoder"])

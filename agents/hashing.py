@@ -64,6 +64,11 @@ class HashIndex:
     def __len__(self) -> int:
         return self._count
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the index takes now."""
+        return self._hashes.nbytes + self._rows.nbytes
+
     @staticmethod
     def required_bytes(entries: int) -> int:
         """Bytes that the index takes with `entries` entries, the copy while it doubles included."""

@@ -64,6 +64,12 @@ class Neighbours:
     def __len__(self) -> int:
         return sum(self.sizes)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the memory takes now, the search's codes and the rows that it has grown for included."""
+        held = sum(table.nbytes for table in (*self.keys, self._values, self._hashes, self._stamps))
+        return held + self._index.nbytes + len(self) * self._search.bytes_per_entry
+
     def required_bytes(self, entries: int) -> int:
         """Bytes that the memory takes with `entries` entries in all, the largest copy made while growing included."""
         entries = min(entries, self.num_actions * self.capacity)

@@ -42,15 +42,13 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
 
 
 def update_modes(device: torch.device, batch_size: int) -> dict[str, Callable[[], object]]:
-    """Name -> one update, for every model, precision and memory format."""
+    """Name -> one update, for every model, precision and memory format of the pictures; weights stay contiguous."""
     frames = FrameMemory.from_tensor(torch.randint(0, 256, (1024, *OBS_SHAPE)).to(torch.uint8))
     modes: dict[str, Callable[[], object]] = {}
     for name, knobs in MODELS.items():
         for precision in ("float32", "bfloat16"):
             for layout, normalise in (("channels_last", generative.nets.normalise), ("contiguous", contiguous)):
                 model = VAE(OBS_SHAPE, 6, device, **knobs)
-                if layout == "channels_last":
-                    model.to(memory_format=torch.channels_last)
                 fitter = Fitter(model, frames, batch_size=batch_size, precision=precision)
 
                 def update(fitter: Fitter = fitter, normalise: Callable[[torch.Tensor], torch.Tensor] = normalise) -> object:

@@ -99,7 +99,8 @@ class AtariEnv:
         game: a key of GAMES, such as "MsPacman".
         num_envs: lanes, at least 1.
         device: where the tensors of a Step land, in one copy.
-        protocol: sticky actions, no-ops, lives, action set, frame skip, time limit. Its evaluation_* fields are not read here.
+        protocol: sticky actions, no-ops, lives, action set, frame skip, time limit. Its evaluation_* fields are not read here. A life lost
+            on the very step of the time limit counts as lost: discount 0.
         obs: "grey84" (1, 84, 84), "rgb64" (3, 64, 64) or "rgb210x160" (3, 210, 160). Colour lies in memory as torch.channels_last, the way
             that the emulators give it and convolutions like it; laying it out anew would cost a fifth of the speed.
         num_threads: emulator threads; 0 for as many as the process may use (affinity and container quota), never more than lanes.
@@ -171,7 +172,7 @@ class AtariEnv:
         last = terminated | late
         discount = 1 - terminated.astype(np.float32)
         if self.protocol.life_loss:
-            discount[(lives < self._lives) & ~last] = 0
+            discount[lives < self._lives] = 0
         reward = points.astype(np.float32)
         self._lives = lives
         if not last.any():
@@ -336,7 +337,7 @@ class Emulator:
         self._steps += 1
         last = over or self._steps * self.protocol.frame_skip >= self.protocol.max_episode_frames
         lives, obs = self._ale.lives(), self._obs()
-        lost = self.protocol.life_loss and lives < before.lives and not last
+        lost = self.protocol.life_loss and lives < before.lives
         picture = np.maximum(screens[0], screens[-1])
         self._moment = Moment(obs, float(reward), 0.0 if over or lost else 1.0, last, obs, lives, picture)
         return self._moment

@@ -81,7 +81,7 @@ class Sampler(Protocol):
 
 
 @runtime_checkable
-class Encoder(Protocol):
+class Encoder(Model, Protocol):
     """A model that represents single frames."""
 
     features: int
@@ -91,7 +91,7 @@ class Encoder(Protocol):
 
 
 @runtime_checkable
-class Density(Protocol):
+class Density(Model, Protocol):
     """A model that says how probable a frame is. `exact` is False where the number is a bound."""
 
     exact: bool
@@ -105,7 +105,7 @@ class Density(Protocol):
 
 
 @runtime_checkable
-class Simulator(Protocol):
+class Simulator(Model, Protocol):
     """A model that steps like an environment. The state is a value: a tuple of tensors, batch first, copied and branched at will."""
 
     context_frames: int

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 PAPER_CHANNELS, PAPER_KERNELS = (32, 32, 64, 64), (4, 5, 5, 4)
 SMALL_CHANNELS = (32, 64, 64)
 SMALLEST_SIDE = 4
+FIRST_OUTPUT_STD = 1e-3
 
 
 def conv_sizes(height: int, width: int, kernels: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -128,7 +129,11 @@ def small_encoder(obs_shape: tuple[int, int, int], outputs: int, hidden: int = 2
 
 
 def small_decoder(latents: int, obs_shape: tuple[int, int, int], maps: int, hidden: int = 256) -> nn.Module:
-    """float (B, latents) -> (B, maps, H, W). Doubles by 1x1 convolutions and pixel shuffles, cheaper than transposed convolutions."""
+    """float (B, latents) -> (B, maps, H, W). Doubles by 1x1 convolutions and pixel shuffles, cheaper than transposed convolutions.
+
+    Its last weights start near 0: were its first pictures wild, a VAE would silence the noise of its latents for good, and they would not
+    spread as its prior does (Q*bert at 250 updates: rate 77 nats instead of 123 at a higher bound).
+    """
     _, height, width = obs_shape
     patch, sizes = small_sizes(height, width)
     depths = SMALL_CHANNELS[: len(sizes)]
@@ -138,6 +143,7 @@ def small_decoder(latents: int, obs_shape: tuple[int, int, int], maps: int, hidd
     for level in range(len(sizes) - 1, 0, -1):
         layers += [nn.Conv2d(depths[level], 4 * depths[level - 1], 1), Unpatch(2, sizes[level - 1]), nn.ReLU()]
     layers += [nn.Conv2d(depths[0], maps * patch**2, 3, padding=1), Unpatch(patch, (height, width))]
+    nn.init.normal_(next(iter(layers[-2].parameters())), std=FIRST_OUTPUT_STD)
     return keep_variance(nn.Sequential(*layers, Background((maps, height, width))))
 
 

@@ -18,9 +18,7 @@ from generative.nets import normalise, paper_decoder, paper_encoder, small_decod
 Architecture = Literal["small", "mfec"]
 Likelihood = Literal["fixed_gaussian", "gaussian", "bernoulli", "logistic"]
 LOG_STD_BOUND = 8.0
-FIRST_LOG_STD = (
-    -2.0
-)  # at 0, q's noise drowns its means and the small VAE takes longer to use its latents (Q*bert: error 44 for 38 at 400 updates)
+FIRST_LOG_STD = -1.0  # of q in the small architecture; at 0 the noise drowns the means, and latents come into use later
 
 
 class VAE(nn.Module):

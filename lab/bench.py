@@ -79,7 +79,7 @@ def summarise_group(label: str, folders: list[Path]) -> dict[str, Any]:
         episodes += last
         steps = sorted({row["frames"] for row in rows})
         curves.append([(at, _mean([row["return"] for row in rows if row["frames"] == at])) for at in steps])
-        rates = sorted(row["speed/frames_per_second"] for row in read_metrics(folder) if "speed/frames_per_second" in row)
+        rates = sorted(float(row["speed/frames_per_second"]) for row in read_metrics(folder) if "speed/frames_per_second" in row)
         speeds += rates[len(rates) // 2 : len(rates) // 2 + 1]
     mean, low, high = mean_interval(finals)
     return {

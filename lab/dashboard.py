@@ -96,6 +96,8 @@ class Dashboard:
             self._quietly(writer.close)
 
     def _connect(self, config: dict[str, Any]) -> None:
+        os.environ.setdefault("WANDB_SILENT", "true")
+        os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")  # it takes our `agents` for a library of chat agents, and advertises
         import wandb
 
         self._wandb = wandb

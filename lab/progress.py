@@ -19,6 +19,7 @@ from rich.text import Text
 LINE_SECONDS = 10.0
 REFRESH_SECONDS = 0.5
 SPEED_SECONDS = 15.0
+ALIASES = {"memory/bytes": "memory_bytes"}
 PARTS = {"env": "cyan", "act": "blue", "learn": "magenta", "density": "yellow", "observe": "green", "log": "bright_black"}
 
 
@@ -73,13 +74,13 @@ class Progress:
     def update(self, done: int, **values: Any) -> None:
         """Tells that `done` units of the whole are done. Values stay until they are told anew.
 
-        Known names: `score`; `env`, `act`, `learn`, `density`, `observe`, `log` (shares 0..1 of the time, also as `time/env` and so on);
-        `entries`, `memory_bytes`; `frames_per_second` (also `speed/frames_per_second`) in place of the speed measured here. Any other is
-        shown by its name.
+        Known names: `score`; `env`, `act`, `learn`, `density`, `observe`, `log` (shares 0..1 of the time); `entries`, `memory_bytes`;
+        `frames_per_second`, in place of the speed measured here. Any other is shown by its name. A metric's group (`time/env`,
+        `memory/bytes`) may stand in front.
         """
         self._done = done
         if values:
-            self._values.update((name.removeprefix("time/").removeprefix("speed/"), value) for name, value in values.items())
+            self._values.update((ALIASES.get(name) or name.rpartition("/")[2], value) for name, value in values.items())
         now = self._clock()
         if not self._history:
             self._history.append((now, done))

@@ -18,6 +18,7 @@ import numpy as np
 import yaml  # type: ignore[import-untyped]
 
 from lab import report_sections as sections
+from lab.configure import find_folder
 from lab.curves import Floats
 from lab.logging import read_evaluation, read_metrics
 from lab.report_sections import Run
@@ -156,3 +157,10 @@ def _text(path: Path) -> str:
             return file.read(MOST_TEXT)
     except OSError:
         return ""
+
+
+def run(cfg: Any) -> int:
+    """job=report: writes the report of a run folder again."""
+    path = write_report(find_folder(str(cfg.run), "run"))
+    print(f"report   {path}")
+    return 0

@@ -24,8 +24,9 @@ class Window:
         self._frames_per_tick = num_envs * frames_per_step
         self._agent: dict[str, Any] = {}
         self._process = psutil.Process()
-        self.episodes = 0
-        self._restart()
+        self.episodes = self._ticks = 0
+        self._seconds = [0.0] * len(Seconds._fields)
+        self._began = time.perf_counter()
 
     def add(self, tick: Tick) -> None:
         """Takes in one tick."""
@@ -50,7 +51,7 @@ class Window:
         row["speed/frames_per_second"] = self._ticks * self._frames_per_tick / wall
         row |= {f"time/{name}": seconds / wall for name, seconds in zip(Seconds._fields, self._seconds)}
         row["time/log"] = max(0.0, 1 - sum(self._seconds) / wall)
-        row["memory/bytes"] = self._process.memory_info().rss
+        row["memory/process_bytes"] = self._process.memory_info().rss
         self._restart()
         return row, returns
 

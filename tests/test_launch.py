@@ -99,7 +99,15 @@ def test_capacity_that_the_budget_can_never_fill_is_fine(tmp_path):
 def test_help_explains_itself(capsys):
     assert launch.main(["--help"]) == 0
     text = capsys.readouterr().out
-    for word in ("agent=episodic_control", "resume=", "MontezumaRevenge", "Catch", "machado2018", "agent.key_frames", "frames_per_iteration"):
+    for word in (
+        "agent=episodic_control",
+        "resume=",
+        "MontezumaRevenge",
+        "Catch",
+        "machado2018",
+        "agent.key_frames",
+        "frames_per_iteration",
+    ):
         assert word in text
 
 
@@ -196,6 +204,7 @@ def test_bench_makes_a_table_and_a_picture_and_goes_on_where_it_was(tmp_path, ca
 
 def test_start_is_quick_and_light():
     """What is rarely used is imported late."""
-    code = "import sys, lab.train; print([name for name in ('wandb', 'matplotlib', 'faiss', 'tensorboard', 'imageio_ffmpeg') if name in sys.modules])"
+    late = ("wandb", "matplotlib", "faiss", "tensorboard", "imageio_ffmpeg")
+    code = f"import sys, lab.train; print([name for name in {late} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"

@@ -15,6 +15,7 @@ class Pixels:
     """The frame itself as its features."""
 
     def __init__(self, obs_shape):
+        self.obs_shape = obs_shape
         self.features = obs_shape[0] * obs_shape[1] * obs_shape[2]
 
     def encode(self, frames):

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -66,7 +68,7 @@ def test_what_is_acted_on_is_what_came_after():
     env = Catch(2, CPU)
     agent = Recorder(env.spec)
     ticks = list(play(env, agent, frames=60, seed=0))
-    for before, tick in zip(ticks, ticks[1:]):
+    for before, tick in itertools.pairwise(ticks):
         assert tick.step is before.after
     lived = torch.stack(agent.carries)
     opened = torch.stack([tick.step.last for tick in ticks])

@@ -193,6 +193,14 @@ def test_time_limit_is_bootstrapped_from_the_true_picture():
         assert not cut[step + 1].last[alive].any()
 
 
+def test_a_life_lost_on_the_step_of_the_time_limit_is_lost():
+    free, _ = play(AtariEnv("Breakout", 1, "cpu", LIVES), 100)
+    fall = next(t for t, step in enumerate(free) if step.discount[0] == 0)
+    for protocol, discount in ((LIVES, 0), (PLAIN, 1)):
+        cut, _ = play(AtariEnv("Breakout", 1, "cpu", dataclasses.replace(protocol, max_episode_frames=4 * fall)), fall)
+        assert (bool(cut[fall].last[0]), float(cut[fall].discount[0])) == (True, discount)
+
+
 def test_at_a_games_own_end_the_last_picture_is_the_one_before():
     """The known blemish of ale-py, as the docstring has it: the picture before, or merged with it by maximum."""
     shown, _ = play(AtariEnv("Qbert", 2, "cpu", PLAIN), 700)

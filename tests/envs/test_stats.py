@@ -94,7 +94,7 @@ def test_a_film_reads_back(tmp_path, channels, as_iterator):
     assert meta["fps"] == 15
     assert seen.shape == (12, 46, 64, 3)
     large = np.broadcast_to(frames, (12, 15, 21, 3) if channels == 1 else frames.shape).repeat(3, 1).repeat(3, 2)
-    assert np.abs(seen[:, :45, :63].astype(int) - large).mean() < 6
+    assert np.abs(seen[:, :45, :63].astype(int) - large).mean() < 3
     assert list(path.parent.iterdir()) == [path]
     assert path.read_bytes().find(b"moov") < path.read_bytes().find(b"mdat")  # browsers start before they have it all
 

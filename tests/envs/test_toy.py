@@ -122,6 +122,15 @@ def test_bad_knobs(toy, knobs):
         toy(**({"num_envs": 1, "device": "cpu"} | knobs))
 
 
+def test_actions_may_change_after_send():
+    env = Chain(1, "cpu", length=3)
+    env.reset(0)
+    action = torch.tensor([1])
+    env.send(action)
+    action.fill_(0)
+    assert lit(env.recv().obs[0]) == [1]
+
+
 def test_pixels_per_cell_enlarges_cells():
     small, large = Catch(4, "cpu", size=5).reset(0).obs, Catch(4, "cpu", size=5, pixels_per_cell=3).reset(0).obs
     assert large.shape == (4, 1, 15, 15)

@@ -57,6 +57,8 @@ def runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[FakeRun]:
     monkeypatch.setitem(sys.modules, "wandb", fake)
     for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_PROJECT"):
         monkeypatch.delenv(name, raising=False)
+    for name in ("WANDB_SILENT", "WANDB_DISABLE_WEAVE"):
+        monkeypatch.setenv(name, "true")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setattr(dashboard, "reachable", lambda address: True)
@@ -217,6 +219,7 @@ def test_tensorboard_that_is_not_installed_is_one_clear_line(tmp_path: Path, mon
 REAL = """
 import sys
 from pathlib import Path
+import agents, generative
 from lab.dashboard import Dashboard
 for _ in range(2):
     board = Dashboard(Path(sys.argv[1]), "online", {"seed": 1})
@@ -231,6 +234,8 @@ def test_the_real_wandb_without_network_goes_on_offline_quietly(tmp_path: Path, 
     pytest.importorskip("wandb")
     for name, value in {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9", "HOME": str(tmp_path / "home")}.items():
         monkeypatch.setenv(name, value)
+    for name in ("WANDB_SILENT", "WANDB_DISABLE_WEAVE"):
+        monkeypatch.delenv(name, raising=False)
     folder = tmp_path / "run"
     command = [sys.executable, "-c", REAL, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=Path(__file__).parents[2], check=False)

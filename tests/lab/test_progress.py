@@ -45,7 +45,7 @@ def test_a_plain_line_says_it_all() -> None:
     progress, stream, clock = plain_lines()
     progress.update(0)
     clock.now += 10
-    progress.update(500_000, score=-19.84, entries=12_345, memory_bytes=45e6, return_mean=-20.1, **BUDGET)
+    progress.update(500_000, score=-19.84, **BUDGET, **{"memory/entries": 12_345, "memory/bytes": 45e6, "train/return_mean": -20.1})
     assert stream.getvalue() == (
         "random on Pong  500,000/2M frames 25%  0:30 left  score -19.8  50,000 frames/s  env 41%  act 38%  learn 12%  observe 6%  log 3%"
         "  memory 12,345 entries, 45.0 MB  return mean -20.1\n"
@@ -176,7 +176,7 @@ def test_dumb_terminals_get_plain_lines(kind: str, monkeypatch: pytest.MonkeyPat
         progress.update(0)
         clock.now += 10
         progress.update(1)
-        assert stream.getvalue().endswith("random on Pong  1/2M frames 0%  55:33:20 left  0.1 frames/s\n")
+        assert stream.getvalue().endswith("random on Pong  1/2M frames 0%  5555:33:10 left  0.1 frames/s\n")
     assert "\x1b[2K" not in stream.getvalue()
     assert "\x1b[?25l" not in stream.getvalue()
 
