@@ -30,7 +30,7 @@ class Tick(NamedTuple):
         decision: what it decided.
         after: what came of it, uncut.
         metrics: what `learn` returned, often empty.
-        seconds: where the time went.
+        seconds: where the time went; the first tick's `env` includes the reset.
     """
 
     played: int
@@ -66,7 +66,9 @@ def play(env: VectorEnv, agent: Agent, frames: int, seed: int) -> Generator[Tick
         frames: the budget of all lanes together, rounded up to whole ticks.
         seed: the environment's seed.
     """
+    began = perf_counter()
     step, carry = env.reset(seed), agent.initial(env.num_envs)
+    resetting = perf_counter() - began
     frames_per_tick = env.num_envs * env.spec.frames_per_step
     ticks = ticks_for(frames, env)
     tick = 0
@@ -84,7 +86,8 @@ def play(env: VectorEnv, agent: Agent, frames: int, seed: int) -> Generator[Tick
             after = env.recv()
         received = perf_counter()
         agent.observe(step, decision, cut(after) if tick == ticks else after)
-        seconds = Seconds(acted - start, sent - acted + received - learned, learned - sent, perf_counter() - received)
+        seconds = Seconds(acted - start, resetting + sent - acted + received - learned, learned - sent, perf_counter() - received)
+        resetting = 0.0
         if (yield Tick(tick * frames_per_tick, step, decision, after, metrics, seconds)):
             ticks = tick + 1
         step, carry = after, decision.carry

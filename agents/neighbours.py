@@ -99,8 +99,8 @@ class Neighbours:
     def touch(self, rows: Tensor) -> None:
         """Marks rows int64 (N, A, k) of an estimate (-1: none) as used now."""
         self._clock += 1
-        _, action, _ = (used := rows >= 0).nonzero(as_tuple=True)
-        self._stamps[action, rows[used]] = self._clock
+        read = rows.transpose(0, 1).flatten(1)  # A, N * k
+        self._stamps.scatter_reduce_(1, read.clamp(min=0), torch.where(read >= 0, self._clock, 0), "amax")
 
     def write(self, actions: Tensor, keys: Tensor, hashes: Tensor, values: Tensor) -> None:
         """Writes steps, new pairs of (frame, action) as new rows; a known pair keeps the larger value (equation 1 of MFEC).

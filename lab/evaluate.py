@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from agents.api import Agent
 from agents.loop import evaluate
+from envs.api import VectorEnv
 from envs.stats import EpisodeStats
 from lab import checkpoint
 from lab.configure import find_folder, plain, read_config
@@ -21,16 +22,25 @@ from lab.run import derive_seed, forked_seed, make_agent, make_env, make_protoco
 
 
 def evaluate_agent(
-    cfg: Mapping[str, Any], agent: Agent, device: torch.device, frames: int, iteration: int, video: Path | None = None
+    cfg: Mapping[str, Any],
+    env: VectorEnv,
+    agent: Agent,
+    device: torch.device,
+    frames: int,
+    iteration: int,
+    video: Path | None = None,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> list[dict[str, Any]]:
     """Plays `evaluation.episodes_per_lane` episodes in each of `evaluation.num_envs` lanes and leaves all random states as they were.
 
     Args:
+        env: made by `make_env(cfg, evaluation.num_envs, device, for_evaluation=True)`.
         frames: environment frames that the agent has trained for, stamped on every row.
         video: where to film the first lane's first episode, or None.
+        stopping: asked after every step; where it says True, the evaluation ends there without a result.
 
     Returns:
-        One row an episode, with the columns of evaluation.csv.
+        One row an episode, with the columns of evaluation.csv; none where it was stopped.
     """
     quota = cfg["evaluation"]["episodes_per_lane"]
     protocol = make_protocol(cfg, for_evaluation=True)
@@ -38,37 +48,35 @@ def evaluate_agent(
     stamp = protocol.name if protocol else "none"
     seed = derive_seed(cfg["seed"], iteration, "evaluation")
     rows: list[dict[str, Any]] = []
-    finished = [0] * cfg["evaluation"]["num_envs"]
+    finished = [0] * env.num_envs
     with forked_seed(seed):
-        env = make_env(cfg, cfg["evaluation"]["num_envs"], device, for_evaluation=True)
-        try:
-            stats = EpisodeStats(env.num_envs, env.spec.frames_per_step, device)
-            film = Film(env, seed) if video else None
-            for tick in evaluate(env, agent, quota, seed, epsilon):
-                stats.update(tick.after)
-                if film:
-                    film.watch(tick)
-                if tick.after.next_obs is tick.after.obs:
-                    continue
-                for episode in stats.drain():
-                    if finished[episode.lane] < quota:
-                        finished[episode.lane] += 1
-                        rows.append(
-                            {
-                                "frames": frames,
-                                "iteration": iteration,
-                                "episode": len(rows),
-                                "lane": episode.lane,
-                                "return": episode.episode_return,
-                                "length_frames": episode.length_frames,
-                                "protocol": stamp,
-                                "epsilon": epsilon,
-                            }
-                        )
-            if film and video:
-                film.write(video)
-        finally:
-            env.close()
+        stats = EpisodeStats(env.num_envs, env.spec.frames_per_step, device)
+        film = Film(env, seed) if video else None
+        for tick in evaluate(env, agent, quota, seed, epsilon):
+            stats.update(tick.after)
+            if film:
+                film.watch(tick)
+            if stopping():
+                return []
+            if tick.after.next_obs is tick.after.obs:
+                continue
+            for episode in stats.drain():
+                if finished[episode.lane] < quota:
+                    finished[episode.lane] += 1
+                    rows.append(
+                        {
+                            "frames": frames,
+                            "iteration": iteration,
+                            "episode": len(rows),
+                            "lane": episode.lane,
+                            "return": episode.episode_return,
+                            "length_frames": episode.length_frames,
+                            "protocol": stamp,
+                            "epsilon": epsilon,
+                        }
+                    )
+        if film and video:
+            film.write(video)
     return rows
 
 
@@ -85,14 +93,14 @@ def run(cfg: DictConfig) -> int:
     loaded = checkpoint.load(folder)
     for warning in loaded.warnings:
         print(warning)
-    probe = make_env(own, 1, device)
-    agent = make_agent(own, probe.spec, device)
-    probe.close()
+    env = make_env(own, cfg.evaluation.num_envs, device, for_evaluation=True)
+    agent = make_agent(own, env.spec, device)
     agent.load_state_dict(loaded.state["agent"])
     frames, iteration = loaded.state["frames"], loaded.state["iteration"]
     name = f"frames-{frames}-seed-{cfg.seed}"
     video = folder / "videos" / f"evaluation-{name}.mp4" if cfg.evaluation.video else None
-    rows = evaluate_agent(own, agent, device, frames, iteration, video)
+    rows = evaluate_agent(own, env, agent, device, frames, iteration, video)
+    env.close()
     target = folder / "evaluations" / name
     target.mkdir(parents=True, exist_ok=True)
     (target / "evaluation.csv").unlink(missing_ok=True)

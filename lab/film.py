@@ -14,7 +14,7 @@ from envs.stats import write_mp4
 ATARI_FPS = 30
 OTHER_FPS = 8
 MOST_STEPS = 2700  # three minutes of Atari play at action repeat 4
-SMALL_SIDE = 320
+SMALL_SIDE = 420
 
 
 class Film:

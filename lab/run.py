@@ -7,6 +7,7 @@ import os
 import platform
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -170,6 +171,17 @@ def check_memory(needed: int, device: torch.device, advice: str) -> None:
     free = free_bytes(device)
     if needed > free:
         raise UserError(f"the agent's memory will grow to {needed:,} bytes but only {free:,} are free on {device}; {advice}")
+
+
+def check_disk(needed: int, folder: Path) -> None:
+    """UserError where the file system of `folder` (or of its nearest parent) has fewer than `needed` bytes free."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        needs = f"the checkpoints will grow to {needed:,} bytes but only {free:,} are free in {folder}"
+        raise UserError(f"{needs}; lower agent.capacity or frames, or choose another runs_dir")
 
 
 def human_bytes(count: float) -> str:

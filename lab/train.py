@@ -16,7 +16,7 @@ import torch
 from omegaconf import DictConfig
 
 from agents.loop import play, ticks_for
-from envs.api import UserError
+from envs.api import UserError, VectorEnv
 from generative.data import FrameData
 from lab import checkpoint, fit
 from lab.configure import RESUMABLE_KEYS, find_folder, plain
@@ -26,6 +26,7 @@ from lab.logging import EvaluationLog, MetricsLog, cut_back
 from lab.progress import Progress
 from lab.report import write_report
 from lab.run import (
+    check_disk,
     check_memory,
     derive_seed,
     human_bytes,
@@ -80,6 +81,8 @@ class Training:
     def __init__(self, settings: dict[str, Any], device: torch.device, folder: Path | None) -> None:
         self.settings, self.device = settings, device
         self.frames = self.iteration = self._interrupts = 0
+        self._evaluated = True
+        self._evaluation_env: VectorEnv | None = None
         self.recent: deque[float] = deque(maxlen=RECENT_EPISODES)
         self._notes: list[str] = []
         self.env = make_env(settings, settings["num_envs"], device)
@@ -87,7 +90,7 @@ class Training:
         self._frames_per_iteration = ticks_for(settings["frames_per_iteration"], self.env) * self._frames_per_tick
         seed_everything(self._seed("build"))
         self.agent = make_agent(settings, self.env.spec, device)
-        self._announce_memory()
+        self._announce_resources()
         self.folder = folder or new_folder(settings, f"{settings['choices']['agent']}-{settings['choices']['env']}")
         if folder:
             cut_back(folder, self._restore(folder))
@@ -112,11 +115,13 @@ class Training:
                 self.progress.message(f"run folder {self.folder}" + (f", going on at {self.frames:,} frames" if self.frames else ""))
                 if whole > budget:
                     self.progress.message(f"frames={budget:,} becomes {whole:,}: whole iterations of {each:,}")
-                if fresh and not self._interrupts:
+                if fresh and not self._interrupts and self.settings["evaluation"]["before"]:
                     self._evaluate()
-                    write_report(self.folder)
-                    if self.frames:
-                        self._save()
+                if fresh and self.frames and not self._interrupts:
+                    self._save()
+                if not fresh and not self._evaluated:
+                    self._evaluate()
+                write_report(self.folder)
                 while self.frames < budget and not self._interrupts:
                     self._iterate()
         finally:
@@ -131,6 +136,8 @@ class Training:
     def close(self) -> None:
         """Ends emulators, logs and the dashboard."""
         self.env.close()
+        if self._evaluation_env is not None:
+            self._evaluation_env.close()
         self.log.close()
         self.evaluations.close()
         self.dashboard.close()
@@ -185,6 +192,7 @@ class Training:
             self._log(window)
         if not window.episodes and self.iteration == 1:
             self.progress.message("no lane finished an episode in the first iteration; raise frames_per_iteration")
+        self._evaluated = False
         if not self._interrupts:
             self._evaluate()
         every_iterations = (self.settings["checkpoint_frames"] or 1) // self.settings["frames_per_iteration"] or 1
@@ -205,7 +213,14 @@ class Training:
 
     def _evaluate(self) -> None:
         video = self.folder / "videos" / f"iteration-{self.iteration:04d}.mp4" if self.settings["evaluation"]["video"] else None
-        rows = evaluate_agent(self.settings, self.agent, self.device, self.frames, self.iteration, video)
+        if self._evaluation_env is None:
+            lanes = self.settings["evaluation"]["num_envs"]
+            self._evaluation_env = make_env(self.settings, lanes, self.device, for_evaluation=True)
+        env, agent, at = self._evaluation_env, self.agent, (self.frames, self.iteration)
+        rows = evaluate_agent(self.settings, env, agent, self.device, *at, video, self._stopping)
+        if not rows:
+            return
+        self._evaluated = True
         self.evaluations.write(rows)
         score = mean_return(rows)
         self.dashboard.log({"frames": self.frames, "iteration": self.iteration, "evaluation/return_mean": score})
@@ -219,6 +234,7 @@ class Training:
             "fingerprint": fingerprint(self.settings),
             "frames": self.frames,
             "iteration": self.iteration,
+            "evaluated": self._evaluated,
             "recent": list(self.recent),
             "logs": dict(self.log.position()),
             "agent": self.agent.state_dict(),
@@ -236,21 +252,26 @@ class Training:
         state = loaded.state
         if state.get("fingerprint") != fingerprint(self.settings):
             raise UserError(f"{folder}/config.yaml is not what its checkpoint was made with; put it back, or start a new run")
-        self.frames, self.iteration = state["frames"], state["iteration"]
+        self.frames, self.iteration, self._evaluated = state["frames"], state["iteration"], state["evaluated"]
         self.recent.extend(state["recent"])
         self.agent.load_state_dict(state["agent"])
         return state["logs"]
 
-    def _announce_memory(self) -> None:
-        """Says what the agent's memory will grow to. UserError where that is more than is free."""
+    def _announce_resources(self) -> None:
+        """Says what the agent's memory and its checkpoints will grow to. UserError where that is more than is free."""
         budget = self.settings["frames"] + self._frames_per_iteration
         needed = self.agent.required_bytes(budget // self.env.spec.frames_per_step)
         check_memory(needed, self.device, "lower agent.capacity or frames")
+        check_disk(2 * needed, Path(self.settings["runs_dir"]))
         if needed:
-            self._notes.append(f"the agent's memory grows to at most {human_bytes(needed)}, a checkpoint on disk to as much, kept twice")
+            disk = human_bytes(2 * needed)
+            self._notes.append(f"the agent's memory grows to at most {human_bytes(needed)}, its two checkpoints to {disk}")
 
     def _seed(self, purpose: str) -> int:
         return derive_seed(self.settings["seed"], self.iteration, purpose)
+
+    def _stopping(self) -> bool:
+        return self._interrupts > 0
 
     def _say(self, text: str) -> None:
         self.progress.message(text)
