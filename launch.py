@@ -2,42 +2,56 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
+import os
+import signal
 import sys
+from types import FrameType
 
-EXPLAINED_OS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+INTERRUPTED = 130
 
 
 def main(argv: list[str] | None = None) -> int:
     """Starts the job that the words ask for. Returns 0; 2 after a user's mistake; 1 where training failed; 130 after Ctrl-C."""
     words = sys.argv[1:] if argv is None else argv
+    try:
+        return _start(words)
+    except BrokenPipeError:  # whoever read the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as trouble:
+        place = f"{trouble.filename}: " if trouble.filename else ""
+        return _refuse(f"{place}{trouble.strerror or trouble}; make room or choose another place, what was saved before is kept")
+    except FloatingPointError as failure:
+        return _refuse(str(failure), code=1)
+    except KeyboardInterrupt:
+        return _refuse("stopped; what was saved before is kept", code=INTERRUPTED)
+
+
+def _start(words: list[str]) -> int:
+    from envs.api import UserError
     from lab.configure import compose, explain
 
     if any(word in ("-h", "--help", "help") for word in words):
-        print(explain())
+        print(explain(), flush=True)
         return 0
-    from envs.api import UserError
-
     try:
         cfg = compose(words)
         job = importlib.import_module(f"lab.{cfg.job}")
         return job.run(cfg) or 0
     except UserError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        return 2
-    except OSError as trouble:
-        if trouble.errno not in EXPLAINED_OS_ERRORS:
-            raise
-        print(f"error: {trouble.strerror}: {trouble.filename or 'while writing'}; choose another place with runs_dir=", file=sys.stderr)
-        return 2
-    except FloatingPointError as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+        return _refuse(str(mistake))
+
+
+def _refuse(text: str, code: int = 2) -> int:
+    print(f"error: {' '.join(text.split())}" if code != INTERRUPTED else text, file=sys.stderr)
+    return code
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)
     sys.exit(main())

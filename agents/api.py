@@ -43,6 +43,9 @@ class Agent(Protocol):
     def learn(self) -> Metrics:
         """Learns from what was observed, while the emulators work. Empty when it is not time."""
 
+    def required_bytes(self, steps: int) -> int:
+        """An upper bound of the bytes that the agent's memory takes after `steps` agent steps of all lanes together."""
+
     def state_dict(self) -> dict[str, Any]:
         """Everything with memory: nested dicts of tensors, numbers and strings."""
 

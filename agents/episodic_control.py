@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,13 @@ from envs.api import Spec, Step, UserError
 from generative.api import Encoder
 
 HIT_RATE_LOOKUPS = 10_000
+
+
+class Carry(NamedTuple):
+    """What a lane remembers of the K - 1 frames before: uint8 (N, K - 1, C, H, W) pixels, and their features float32 (N, K - 1, D)."""
+
+    stack: Tensor
+    features: Tensor
 
 
 class EpisodicControl:
@@ -73,14 +80,15 @@ class EpisodicControl:
         self._lookups = 0
         self._exact_rate: Tensor | float = 0.0
 
-    def initial(self, num_envs: int) -> Tensor:
-        return empty_stack(num_envs, self._key_frames, self._spec.obs_shape, self._device)
+    def initial(self, num_envs: int) -> Carry:
+        features = torch.zeros(num_envs, self._key_frames - 1, self.encoder.features, device=self._device)
+        return Carry(empty_stack(num_envs, self._key_frames, self._spec.obs_shape, self._device), features)
 
-    def act(self, step: Step, carry: Tensor, explore: bool) -> Decision:
-        frames, carry = push_frame(carry, step.obs, step.last)
-        lanes = frames.shape[0]
-        keys = self.encoder.encode(frames.flatten(0, 1)).reshape(lanes, -1)
-        hashes = self._hash(frames)
+    def act(self, step: Step, carry: Carry, explore: bool) -> Decision:
+        frames, stack = push_frame(carry.stack, step.obs, step.last)
+        features = self._features(step, carry)
+        carry, lanes = Carry(stack, features[:, 1:]), frames.shape[0]
+        keys, hashes = features.flatten(1), self._hash(frames)
         value, exact, rows = self.memory.estimate(keys, hashes)
         best = value == value.amax(1, keepdim=True)
         action = torch.where(best, torch.rand(value.shape, device=self._device), -1.0).argmax(1)
@@ -88,6 +96,14 @@ class EpisodicControl:
             random = torch.randint(self._spec.num_actions, (lanes,), device=self._device)
             action = torch.where(torch.rand(lanes, device=self._device) < self._epsilon, random, action)
         return Decision(action, carry, {"key": keys, "hash": hashes, "rows": rows, "exact": exact})
+
+    def _features(self, step: Step, carry: Carry) -> Tensor:
+        """Features float32 (N, K, D) of the K frames of a key; each frame is encoded once, when it is new."""
+        present = self.encoder.encode(step.obs).unsqueeze(1)
+        if self._key_frames == 1:
+            return present
+        blank = self.encoder.encode(torch.zeros_like(step.obs[:1]))  # what stands before an episode's first frame
+        return torch.cat([torch.where(step.last.view(-1, 1, 1), blank, carry.features), present], dim=1)
 
     def observe(self, step: Step, decision: Decision, after: Step) -> None:
         notes = decision.notes

@@ -55,7 +55,8 @@ def ticks_for(frames: int, env: VectorEnv) -> int:
 def play(env: VectorEnv, agent: Agent, frames: int, seed: int) -> Generator[Tick, bool | None, None]:
     """Plays at least `frames` environment frames from a fresh reset, learning on the way; the last step is cut.
 
-    A listener that wants to end early sends True: one more tick is played, as the last, and comes back from `send`.
+    A listener that wants to end early sends True: one more tick is played, as the last, and comes back from `send` (StopIteration where the
+    budget was spent anyway).
 
     The agent learns while the emulators work, and once more at the end, so that nothing observed stays unlearned; the
     metrics of that last time come with no tick and are not reported.
@@ -89,7 +90,7 @@ def play(env: VectorEnv, agent: Agent, frames: int, seed: int) -> Generator[Tick
         seconds = Seconds(acted - start, resetting + sent - acted + received - learned, learned - sent, perf_counter() - received)
         resetting = 0.0
         if (yield Tick(tick * frames_per_tick, step, decision, after, metrics, seconds)):
-            ticks = tick + 1
+            ticks = min(ticks, tick + 1)
         step, carry = after, decision.carry
     agent.learn()
 

@@ -13,6 +13,7 @@ from agents.search import Search, make_search
 from envs.api import UserError
 
 FIRST_ROWS = 1024
+GROWTH = 1.125  # of a table that is full; a doubling would leave up to half of the memory unused
 
 
 class Estimate(NamedTuple):
@@ -29,10 +30,43 @@ class Estimate(NamedTuple):
     rows: Tensor
 
 
+class Table:
+    """The rows of one action: keys float32 (rows, D), values float32, hashes and stamps int64 (rows), of which `size` are in use."""
+
+    def __init__(self, dims: int, rows: int, device: torch.device) -> None:
+        self.size = 0
+        self.keys = torch.empty(rows, dims, device=device)
+        self.values = torch.empty(rows, device=device)
+        self.hashes = torch.empty(rows, dtype=torch.int64, device=device)
+        self.stamps = torch.zeros(rows, dtype=torch.int64, device=device)
+
+    def columns(self) -> dict[str, Tensor]:
+        """The tensors by name, whole."""
+        return {"keys": self.keys, "values": self.values, "hashes": self.hashes, "stamps": self.stamps}
+
+    def reserve(self, rows: int, capacity: int) -> None:
+        """Makes room for `rows` rows, one tensor after another, so that only one is held twice at a time."""
+        room = self.values.shape[0]
+        if rows <= room:
+            return
+        room = allocated(rows, room, capacity)
+        for name, old in self.columns().items():
+            grown = torch.zeros(room, *old.shape[1:], dtype=old.dtype, device=old.device)
+            grown[: self.size] = old[: self.size]
+            setattr(self, name, grown)
+
+
+def allocated(rows: int, room: int, capacity: int) -> int:
+    """Rows that a table with `room` rows has after it grew for `rows`."""
+    while room < rows:
+        room = int(room * GROWTH) + 1
+    return min(room, capacity)
+
+
 class Neighbours:
     """One table an action. A value only rises; a full table gives up the rows that were used (read or written) longest ago.
 
-    Keys and values live on `device`. Tables double as they grow, up to `capacity` rows each.
+    Keys and values live on `device`. Tables grow by an eighth, up to `capacity` rows each.
 
     Args:
         num_actions: A.
@@ -53,11 +87,8 @@ class Neighbours:
 
     def _clear(self) -> None:
         first = min(FIRST_ROWS, self.capacity)
-        self.sizes = [0] * self.num_actions
-        self.keys = [torch.empty(first, self.dims, device=self.device) for _ in range(self.num_actions)]
-        self._values = torch.empty(self.num_actions, first, device=self.device)
-        self._hashes = torch.empty(self.num_actions, first, dtype=torch.int64, device=self.device)
-        self._stamps = torch.empty(self.num_actions, first, dtype=torch.int64, device=self.device)
+        self.tables = [Table(self.dims, first, self.device) for _ in range(self.num_actions)]
+        self._ready = torch.zeros(self.num_actions, dtype=torch.bool, device=self.device)
         self._clock = 0
         self._index = HashIndex(self.device)
 
@@ -65,17 +96,28 @@ class Neighbours:
         return sum(self.sizes)
 
     @property
+    def sizes(self) -> list[int]:
+        """Entries of each table."""
+        return [table.size for table in self.tables]
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the memory takes now, the search's codes and the rows that it has grown for included."""
-        held = sum(table.nbytes for table in (*self.keys, self._values, self._hashes, self._stamps))
-        return held + self._index.nbytes + len(self) * self._search.bytes_per_entry
+        rows = sum(table.values.shape[0] for table in self.tables)
+        return rows * self._bytes_per_row() + self._index.nbytes
 
     def required_bytes(self, entries: int) -> int:
-        """Bytes that the memory takes with `entries` entries in all, the largest copy made while growing included."""
-        entries = min(entries, self.num_actions * self.capacity)
-        row = 4 * self.dims + 4 + 8 + 8 + self._search.bytes_per_entry
-        largest_copy = min(entries, self.capacity) * max(4 * self.dims, 8 * self.num_actions) // 2
-        return entries * row + HashIndex.required_bytes(entries) + largest_copy
+        """An upper bound of the bytes that the memory takes with `entries` entries, however they spread over the actions.
+
+        Rows that a table has grown for and not used yet, and the copy that is made while the largest one grows, are included.
+        """
+        first = min(FIRST_ROWS, self.capacity)
+        largest = min(entries, self.capacity)
+        rows = min(int(entries * GROWTH) + self.num_actions * (first + 1), self.num_actions * self.capacity)
+        return rows * self._bytes_per_row() + HashIndex.required_bytes(entries) + largest * max(4 * self.dims, self._search.bytes_per_entry)
+
+    def _bytes_per_row(self) -> int:
+        return 4 * self.dims + 4 + 8 + 8 + self._search.bytes_per_entry
 
     def estimate(self, keys: Tensor, hashes: Tensor) -> Estimate:
         """The value of each action: that of the exact match, else the plain mean over the k nearest keys (equation 2 of MFEC).
@@ -87,20 +129,24 @@ class Neighbours:
             hashes: int64 (N), of the raw frames.
         """
         exact_rows = self._index.lookup(action_hashes(hashes, self.num_actions))
-        ready = torch.tensor([size >= self.k for size in self.sizes], device=self.device).expand_as(exact_rows)
-        exact = (exact_rows >= 0) & ready
-        _, rows = self._search.nearest(self.keys, self.sizes, keys, ready & ~exact, self.k)
-        action = torch.arange(self.num_actions, device=self.device)
-        mean = self._values[action.view(1, -1, 1), rows.clamp(min=0)].mean(2)
-        value = torch.where(exact, self._values[action, exact_rows.clamp(min=0)], mean)
+        exact = (exact_rows >= 0) & self._ready
+        keys_of = [table.keys for table in self.tables]
+        _, rows = self._search.nearest(keys_of, self.sizes, keys, self._ready & ~exact, self.k)
+        known, near = exact_rows.clamp(min=0), rows.clamp(min=0)
+        exact_value = torch.stack([table.values[known[:, action]] for action, table in enumerate(self.tables)], dim=1)
+        mean = torch.stack([table.values[near[:, action]].mean(1) for action, table in enumerate(self.tables)], dim=1)
+        value = torch.where(exact, exact_value, mean)
         rows[:, :, 0] = torch.where(exact, exact_rows, rows[:, :, 0])
-        return Estimate(torch.where(ready, value, torch.inf), exact, rows)
+        return Estimate(torch.where(self._ready, value, torch.inf), exact, rows)
 
     def touch(self, rows: Tensor) -> None:
         """Marks rows int64 (N, A, k) of an estimate (-1: none) as used now."""
         self._clock += 1
         read = rows.transpose(0, 1).flatten(1)  # A, N * k
-        self._stamps.scatter_reduce_(1, read.clamp(min=0), torch.where(read >= 0, self._clock, 0), "amax")
+        stamps = torch.where(read >= 0, self._clock, 0)
+        read = read.clamp(min=0)
+        for action, table in enumerate(self.tables):
+            table.stamps.scatter_reduce_(0, read[action], stamps[action], "amax")
 
     def write(self, actions: Tensor, keys: Tensor, hashes: Tensor, values: Tensor) -> None:
         """Writes steps, new pairs of (frame, action) as new rows; a known pair keeps the larger value (equation 1 of MFEC).
@@ -118,83 +164,60 @@ class Neighbours:
         best = best.scatter_reduce(0, group, values.to(torch.float32), "amax")
         step = torch.zeros_like(pairs).scatter_reduce(0, group, torch.arange(group.shape[0], device=self.device), "amax")
         action, rows = actions[step], self._index.lookup(pairs)
-        known = rows >= 0
-        known_action, known_rows = action[known], rows[known]
-        self._values[known_action, known_rows] = torch.maximum(self._values[known_action, known_rows], best[known])
-        self._stamps[known_action, known_rows] = self._clock
-        for table in range(self.num_actions):
-            new = (~known & (action == table)).nonzero().squeeze(1)
+        for number, table in enumerate(self.tables):
+            mine = action == number
+            known = (mine & (rows >= 0)).nonzero().squeeze(1)
+            table.values[rows[known]] = torch.maximum(table.values[rows[known]], best[known])
+            table.stamps[rows[known]] = self._clock
+            new = (mine & (rows < 0)).nonzero().squeeze(1)
             if new.shape[0]:
                 new = new[step[new].argsort()[-self.capacity :]]
-                self._append(table, keys[step[new]], pairs[new], best[new])
+                self._append(number, keys[step[new]], pairs[new], best[new])
 
-    def _append(self, table: int, keys: Tensor, pairs: Tensor, values: Tensor) -> None:
-        count, size = pairs.shape[0], self.sizes[table]
-        fresh = min(count, self.capacity - size)
-        rows = torch.arange(size, size + fresh, device=self.device)
+    def _append(self, action: int, keys: Tensor, pairs: Tensor, values: Tensor) -> None:
+        table, count = self.tables[action], pairs.shape[0]
+        fresh = min(count, self.capacity - table.size)
+        rows = torch.arange(table.size, table.size + fresh, device=self.device)
         if fresh < count:
-            oldest = self._stamps[table, :size].topk(count - fresh, largest=False).indices.sort().values
-            self._index.remove(self._hashes[table, oldest])
+            oldest = table.stamps[: table.size].topk(count - fresh, largest=False).indices.sort().values
+            self._index.remove(table.hashes[oldest])
             rows = torch.cat([rows, oldest])
-        self._reserve(table, size + fresh)
-        self.sizes[table] = size + fresh
-        self.keys[table][rows] = keys
-        self._values[table, rows] = values
-        self._hashes[table, rows] = pairs
-        self._stamps[table, rows] = self._clock
+        table.reserve(table.size + fresh, self.capacity)
+        table.size += fresh
+        table.keys[rows], table.values[rows], table.hashes[rows], table.stamps[rows] = keys, values, pairs, self._clock
+        self._ready[action] = table.size >= self.k
         self._index.insert(pairs, rows)
-        self._search.written(table, self.keys[table], rows)
-
-    def _reserve(self, table: int, rows: int) -> None:
-        """Doubles what is too small for `rows` rows, one tensor after another, so that only one copy exists at a time."""
-        if rows > (held := self.keys[table].shape[0]):
-            grown = torch.empty(self._doubled(held, rows), self.dims, device=self.device)
-            grown[:held] = self.keys[table]
-            self.keys[table] = grown
-        if rows > (held := self._values.shape[1]):
-            columns = self._doubled(held, rows)
-            for name in ("_values", "_hashes", "_stamps"):
-                old = getattr(self, name)
-                grown = torch.empty(self.num_actions, columns, dtype=old.dtype, device=self.device)
-                grown[:, :held] = old
-                setattr(self, name, grown)
-
-    def _doubled(self, held: int, rows: int) -> int:
-        while held < rows:
-            held *= 2
-        return min(held, self.capacity)
+        self._search.written(action, table.keys, rows)
 
     def state_dict(self) -> dict[str, Any]:
-        """Keys, values, hashes and stamps of the rows in use, table by table, and the clock."""
+        """Keys, values, hashes and stamps of the rows in use, table by table, and the clock. Views, not copies."""
         tables = {
-            str(table): {
-                "keys": self.keys[table][:size],
-                "values": self._values[table, :size],
-                "hashes": self._hashes[table, :size],
-                "stamps": self._stamps[table, :size],
-            }
-            for table, size in enumerate(self.sizes)
+            str(action): {name: column[: table.size] for name, column in table.columns().items()}
+            for action, table in enumerate(self.tables)
         }
         return {"dims": self.dims, "clock": self._clock, "tables": tables}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`. UserError where the tables do not fit this memory."""
-        tables = state["tables"]
-        sizes = [tables[str(table)]["values"].shape[0] for table in range(len(tables))]
-        if len(tables) != self.num_actions or state["dims"] != self.dims or max(sizes) > self.capacity:
+        """The inverse of `state_dict`. Takes each table out of `state` once it is copied, so that a large memory is not held twice.
+
+        UserError where the tables do not fit this memory.
+        """
+        saved = state["tables"]
+        sizes = [saved[str(action)]["values"].shape[0] for action in range(len(saved))]
+        if len(saved) != self.num_actions or state["dims"] != self.dims or max(sizes) > self.capacity:
             raise UserError(
-                f"the saved memory has {len(tables)} actions, keys of {state['dims']} numbers and up to {max(sizes)} rows; "
+                f"the saved memory has {len(saved)} actions, keys of {state['dims']} numbers and up to {max(sizes)} rows; "
                 f"this one {self.num_actions}, {self.dims} and {self.capacity}"
             )
         self._clear()
         self._clock = state["clock"]
-        for table, size in enumerate(sizes):
-            saved = tables[str(table)]
-            self._reserve(table, size)
-            self.sizes[table] = size
-            self.keys[table][:size] = saved["keys"].to(self.device)
-            for name in ("values", "hashes", "stamps"):
-                getattr(self, f"_{name}")[table, :size] = saved[name].to(self.device)
+        for action, (table, size) in enumerate(zip(self.tables, sizes)):
+            columns = saved.pop(str(action))
+            table.reserve(size, self.capacity)
+            for name, column in table.columns().items():
+                column[:size] = columns[name].to(self.device)
+            table.size = size
+            self._ready[action] = size >= self.k
             if size:
-                self._index.insert(self._hashes[table, :size], torch.arange(size, device=self.device))
-        self._search.rebuild(self.keys, self.sizes)
+                self._index.insert(table.hashes[:size], torch.arange(size, device=self.device))
+        self._search.rebuild([table.keys for table in self.tables], sizes)

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from envs.api import UserError
 from generative.data import FrameSource, image_clip
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -38,7 +39,7 @@ def choose_precision(precision: Precision, device: torch.device) -> torch.dtype:
     (benchmarks/vae_speed.py). RuntimeError, in torch's words, where the device cannot do what is asked for.
     """
     if precision not in ("auto", "float32", "bfloat16"):
-        raise ValueError(f"precision is one of auto, float32, bfloat16, got {precision}")
+        raise UserError(f"precision is one of auto, float32, bfloat16, got {precision}")
     if precision != "auto":
         return torch.float32 if precision == "float32" else torch.bfloat16
     if device.type == "cuda":
@@ -77,11 +78,11 @@ class Fitter:
         check_updates: int | None = None,
     ) -> None:
         if batch_size < 1 or updates < 1 or learning_rate <= 0 or (check_updates is not None and check_updates < 1):
-            raise ValueError("batch_size, updates, learning_rate and check_updates must be positive")
+            raise UserError("batch_size, updates, learning_rate and check_updates must be positive")
         if optimiser not in ("adam", "rmsprop"):
-            raise ValueError(f"optimiser is one of adam, rmsprop, got {optimiser}")
+            raise UserError(f"optimiser is one of adam, rmsprop, got {optimiser}")
         if len(frames) == 0:
-            raise ValueError("there are no frames to fit to")
+            raise UserError("there are no frames to fit to")
         self.model, self.frames, self.batch_size, self.updates, self.update = model, frames, batch_size, updates, 0
         self.parameters = {name: list(parameters) for name, parameters in model.players().items()}
         self.device = next(parameter.device for parameters in self.parameters.values() for parameter in parameters)

@@ -8,6 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from envs.api import UserError
+
 PAPER_CHANNELS, PAPER_KERNELS = (32, 32, 64, 64), (4, 5, 5, 4)
 SMALL_CHANNELS = (32, 64, 64)
 SMALLEST_SIDE = 4
@@ -20,7 +22,7 @@ def conv_sizes(height: int, width: int, kernels: tuple[int, ...]) -> list[tuple[
     for kernel in kernels:
         sizes.append(((sizes[-1][0] - kernel) // 2 + 1, (sizes[-1][1] - kernel) // 2 + 1))
     if min(sizes[-1]) < 1:
-        raise ValueError(f"frames of {height}x{width} are too small for kernels {kernels} of stride 2")
+        raise UserError(f"frames of {height}x{width} are too small for kernels {kernels} of stride 2")
     return sizes
 
 

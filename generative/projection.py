@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from envs.api import UserError
+
 ROWS_CPU, ROWS_DEVICE = 16, 128
 
 
@@ -26,7 +28,7 @@ class RandomProjection(nn.Module):
     def __init__(self, obs_shape: tuple[int, int, int], num_actions: int, device: torch.device | str, features: int = 64) -> None:
         super().__init__()
         if features < 1:
-            raise ValueError(f"features must be at least 1, got {features}")
+            raise UserError(f"features must be at least 1, got {features}")
         self.obs_shape = tuple(obs_shape)
         self.features = features
         self.register_buffer("matrix", torch.randn(math.prod(obs_shape), features).to(device))

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from envs.api import UserError
 from generative.api import Clip
 from generative.bounds import importance_weighted_in_chunks
 from generative.data import frame_weights
@@ -53,11 +54,11 @@ class VAE(nn.Module):
     ) -> None:
         super().__init__()
         if architecture not in ("small", "mfec"):
-            raise ValueError(f"architecture is one of small, mfec, got {architecture}")
+            raise UserError(f"architecture is one of small, mfec, got {architecture}")
         if likelihood not in ("fixed_gaussian", "gaussian", "bernoulli", "logistic"):
-            raise ValueError(f"likelihood is one of fixed_gaussian, gaussian, bernoulli, logistic, got {likelihood}")
+            raise UserError(f"likelihood is one of fixed_gaussian, gaussian, bernoulli, logistic, got {likelihood}")
         if latents < 1 or beta < 0 or std <= 0:
-            raise ValueError(f"latents >= 1, beta >= 0 and std > 0 are needed, got {latents}, {beta} and {std}")
+            raise UserError(f"latents >= 1, beta >= 0 and std > 0 are needed, got {latents}, {beta} and {std}")
         self.obs_shape = (obs_shape[0], obs_shape[1], obs_shape[2])
         self.latents, self.features, self.beta, self.likelihood, self.std = latents, 2 * latents, beta, likelihood, std
         self.dims = math.prod(self.obs_shape)

@@ -15,10 +15,10 @@ from typing import Any
 from omegaconf import DictConfig
 
 from envs.api import UserError
-from lab.configure import plain, read_config
+from lab.configure import plain
+from lab.folder import read_config, write_beside
 from lab.logging import read_evaluation, read_metrics
 from lab.protocols import PUBLISHED_FRAMES, SCORES, human_normalised, mean_interval
-from lab.run import write_beside
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch.py"
 
@@ -26,9 +26,11 @@ LAUNCH = Path(__file__).resolve().parent.parent / "launch.py"
 def run(cfg: DictConfig) -> int:
     """Runs what is not finished yet, then writes table.md, results.json and curves.png."""
     bench = plain(cfg)["bench"]
-    if not isinstance(bench.get("runs"), list) or not bench["runs"] or not bench.get("seeds"):
-        raise UserError("a bench needs runs (a list of lists of key=value), seeds, and may have words in common")
-    folder = Path(str(cfg.runs_dir)) / f"bench-{bench['name']}"
+    runs, seeds, common = bench.get("runs"), bench.get("seeds"), bench.get("common", [])
+    lists = all(isinstance(part, list) for part in (runs, seeds, common)) and all(isinstance(words, list) for words in runs or [0])
+    if not lists or not seeds or not re.fullmatch(r"[\w-]+", str(bench.get("name"))):
+        raise UserError("a bench needs a name, runs (a list of lists of key=value), seeds (a list), and may have words in common (a list)")
+    folder, failed = Path(str(cfg.runs_dir)) / f"bench-{bench['name']}", 0
     folders: dict[str, list[Path]] = {" ".join(map(str, words)): [] for words in bench["runs"]}
     for seed in bench["seeds"]:
         for label, words in zip(folders, bench["runs"]):
@@ -38,14 +40,19 @@ def run(cfg: DictConfig) -> int:
             if code == 130:
                 raise KeyboardInterrupt
             if code:
+                failed += 1
                 print(f"{label} seed {seed} ended with exit code {code}; the bench goes on without it")
-    results = [summarise_group(label, [path for path in paths if (path / "evaluation.csv").exists()]) for label, paths in folders.items()]
+    finished = {label: [path for path in paths if is_finished(path)] for label, paths in folders.items()}
+    for label, paths in folders.items():
+        if len(finished[label]) < len(paths):
+            print(f"{label}: {len(paths) - len(finished[label])} of {len(paths)} seeds are not finished and are left out")
+    results = [summarise_group(label, paths) for label, paths in finished.items() if paths]
     write_beside(folder / "results.json", json.dumps(results, indent=2))
     write_beside(folder / "table.md", table(results))
     draw(results, folder / "curves.png")
     print(table(results))
     print(f"results  {folder}")
-    return 0
+    return 1 if failed else 0
 
 
 def slug(label: str) -> str:
@@ -54,21 +61,30 @@ def slug(label: str) -> str:
 
 
 def _train(target: Path, words: list[str], seed: int, device: str) -> int:
+    if is_finished(target):
+        return 0
     if (target / "config.yaml").exists():
-        frames = read_config(target)["frames"]
-        done = max((row["frames"] for row in read_metrics(target)), default=0)
-        evaluated = max((row["frames"] for row in read_evaluation(target)), default=0)
-        if min(done, evaluated) >= frames:
-            return 0
         command = [f"resume={target}"]
     else:
         command = [*words, f"seed={seed}", f"device={device}", f"runs_dir={target.parent}", f"run_name={target.name}", "wandb=off"]
-    return subprocess.run([sys.executable, str(LAUNCH), *command], check=False).returncode
+    process = subprocess.Popen([sys.executable, str(LAUNCH), *command])
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # the terminal sends it to the run too, which saves and ends
+            continue
+
+
+def is_finished(target: Path) -> bool:
+    """Whether a run's last evaluation came at the end of its budget."""
+    if not (target / "config.yaml").exists():
+        return False
+    return max((row["frames"] for row in read_evaluation(target)), default=0) >= read_config(target)["frames"]
 
 
 def summarise_group(label: str, folders: list[Path]) -> dict[str, Any]:
-    """Final scores (a mean a seed, and the interval over all final episodes), curve and speed of one setting."""
-    finals, episodes, speeds, curves = [], [], [], []
+    """Final scores (a mean a seed, with the bootstrap interval over seeds), curves and speed of one setting's finished runs."""
+    finals, speeds, curves = [], [], []
     game, frames = "", 0
     for folder in folders:
         rows = read_evaluation(folder)
@@ -76,7 +92,6 @@ def summarise_group(label: str, folders: list[Path]) -> dict[str, Any]:
         frames = int(max(row["frames"] for row in rows))
         last = [row["return"] for row in rows if row["frames"] == frames]
         finals.append(sum(last) / len(last))
-        episodes += last
         steps = sorted({row["frames"] for row in rows})
         curves.append([(at, _mean([row["return"] for row in rows if row["frames"] == at])) for at in steps])
         rates = sorted(float(row["speed/frames_per_second"]) for row in read_metrics(folder) if "speed/frames_per_second" in row)

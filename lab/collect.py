@@ -20,7 +20,7 @@ def run(cfg: DictConfig) -> int:
     seed_everything(derive_seed(cfg.seed, 0, "collect"))
     env = make_env(settings, cfg.num_envs, device)
     try:
-        agent = make_agent(settings, env.spec, device)
+        agent, _ = make_agent(settings, env.spec, device)
         protocol = (settings.get("protocol") or {}).get("name")
         source = {"env": env.spec.name, "agent": settings["choices"]["agent"], "protocol": protocol, "seed": cfg.seed}
         folder, title = Path(str(cfg.data)), f"collecting {env.spec.name}"

@@ -6,10 +6,10 @@ import difflib
 import importlib
 import inspect
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -19,32 +19,40 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from envs.api import UserError
+from lab.folder import CONFIGS, RESUMABLE_KEYS, find_folder, parse_yaml, read_config
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-RESUMABLE_KEYS = ("frames", "device", "wandb")
+WANDB_MODES = ("auto", "online", "offline", "off")
+PATHS = ("runs_dir", "run_name", "data", "run", "fit.path")
+MOST = 2**48  # of any count
+MOST_LANES = 65_536
 MODEL_JOBS = ("encoder", "density", "simulator", "planner")
 
 
 def compose(words: list[str], configs: Path = CONFIGS) -> DictConfig:
     """The configuration that the words (`key=value`) ask for. UserError, in one line, where a word is not understood."""
     for word in words:
-        if "=" not in word:
+        if not re.match(r"\+?[\w.]+=", word):
             raise UserError(f"'{word}' is not of the form key=value (python launch.py --help)")
+        if word.startswith(("+", "hydra")):
+            raise UserError(f"{word}: there is no such key to set (python launch.py --help lists the keys)")
     typed = dict(word.split("=", 1) for word in words)
+    for group in ("job", "agent", "env", "model", "protocol", "bench", *MODEL_JOBS):
+        if (group in typed and not re.fullmatch(r"[A-Za-z]\w*", typed[group])) or typed.get(group) == "null":
+            raise UserError(f"{group}={typed[group]} is no name; python launch.py --help lists the options")
+    words = [_quoted(key, value) for key, value in typed.items()]
     if typed.get("resume", "null") != "null":
         return _resumed(typed)
     _register(configs)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(configs), version_base="1.3"):
-            whole = hydra_compose("config", overrides=words, return_hydra_config=True)
-        choices = {str(group): choice for group, choice in whole.hydra.runtime.choices.items() if not str(group).startswith("hydra/")}
-        with open_dict(whole):
-            del whole["hydra"]
-            whole["choices"] = {group.partition("@")[0]: choice for group, choice in choices.items() if choice is not None}
-        cfg = whole
+            cfg = hydra_compose("config", overrides=words, return_hydra_config=True)
+        choices = {str(group): choice for group, choice in cfg.hydra.runtime.choices.items() if not str(group).startswith("hydra/")}
+        with open_dict(cfg):
+            del cfg["hydra"]
+            cfg["choices"] = {group.partition("@")[0]: choice for group, choice in choices.items() if choice is not None}
         OmegaConf.resolve(cfg)
-    except (HydraException, OmegaConfBaseException) as trouble:
+    except (HydraException, OmegaConfBaseException, ValueError) as trouble:
         raise UserError(_one_line(trouble, configs)) from trouble
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
@@ -53,18 +61,29 @@ def compose(words: list[str], configs: Path = CONFIGS) -> DictConfig:
     return cfg
 
 
+def _quoted(key: str, value: str) -> str:
+    """A word whose value Hydra reads as it stands, where the value is a path, which may hold any character."""
+    if key in PATHS and value not in ("", "null") and not value.startswith(("'", '"', "[", "{")):
+        return f"{key}='{value}'" if "'" not in value else f'{key}="{value}"'
+    return f"{key}={value}"
+
+
 def _resumed(typed: dict[str, str]) -> DictConfig:
     """The configuration of the run that `resume` names, with what a resumed run may change, and nothing else, changed."""
     folder = find_folder(typed["resume"], "resume")
     cfg = OmegaConf.create(read_config(folder))
     if cfg.get("job") != "train":
         raise UserError(f"resume={folder}: that was job={cfg.get('job')}, and only training goes on")
+    needed = ({*OmegaConf.load(CONFIGS / "config.yaml"), "agent", "env", "evaluation", "fit", "choices"}) - {"defaults"}
+    lacking = sorted(key for key in needed if key not in cfg)
+    if lacking:
+        raise UserError(f"{folder}/config.yaml is damaged: it lacks {', '.join(lacking)}")
     for key, text in typed.items():
         if key in ("resume", "job"):
             continue
         try:
-            value = OmegaConf.create(f"value: {text}").value
-        except Exception as trouble:
+            value = parse_yaml(text)
+        except yaml.YAMLError as trouble:
             raise UserError(f"{key}={text} is not understood") from trouble
         old = OmegaConf.select(cfg, key)
         if value == old:
@@ -76,27 +95,6 @@ def _resumed(typed: dict[str, str]) -> DictConfig:
     cfg.resume = str(folder)
     check_numbers(cfg)
     return cfg
-
-
-def find_folder(name: str, key: str) -> Path:
-    """The run folder that a user names by path. UserError where there is none."""
-    folder = Path(name)
-    if not folder.is_dir():
-        raise UserError(f"{key}={name}: there is no such folder")
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"{key}={name}: this is not a run folder (it has no config.yaml)")
-    return folder
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The resolved configuration of a run folder."""
-    try:
-        cfg = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=True)
-    except Exception as trouble:
-        raise UserError(f"{folder / 'config.yaml'} is damaged: {' '.join(str(trouble).split())}") from trouble
-    if not isinstance(cfg, dict) or "job" not in cfg:
-        raise UserError(f"{folder / 'config.yaml'} is damaged: it names no job")
-    return {str(key): value for key, value in cfg.items()}
 
 
 def _register(configs: Path) -> None:
@@ -122,18 +120,40 @@ def check_numbers(cfg: DictConfig) -> None:
             continue
         if isinstance(value, float) and value.is_integer():
             cfg[key] = value = int(value)
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise UserError(f"{key} must be a whole number above 0, got {value}")
-    if not isinstance(cfg.seed, int) or cfg.seed < 0:
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= MOST:
+            raise UserError(f"{key} must be a whole number above 0 and at most 2^48, got {value}")
+    if cfg.num_envs > MOST_LANES:
+        raise UserError(f"num_envs must be at most {MOST_LANES}, got {cfg.num_envs}")
+    for key in ("runs_dir", "data", "run"):
+        if key in cfg and (not isinstance(cfg[key], str) or not cfg[key].strip()):
+            raise UserError(f"{key}= must name a folder, got {cfg[key]!r}")
+    if not isinstance(cfg.tensorboard, bool):
+        raise UserError(f"tensorboard must be true or false, got {cfg.tensorboard}")
+    if not isinstance(cfg.seed, int) or isinstance(cfg.seed, bool) or not 0 <= cfg.seed <= MOST:
         raise UserError(f"seed must be a whole number from 0, got {cfg.seed}")
     if cfg.checkpoint_frames and cfg.checkpoint_frames % cfg.frames_per_iteration:
         raise UserError(
             f"checkpoint_frames must be a multiple of frames_per_iteration = {cfg.frames_per_iteration}, got {cfg.checkpoint_frames}"
         )
     for section in ("evaluation", "fit"):
-        for key, value in (cfg.get(section) or {}).items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0:
-                raise UserError(f"{section}.{key} must be above 0, got {value}")
+        if section in cfg and not isinstance(cfg[section], DictConfig):
+            raise UserError(f"{section} is a group of keys ({section}.NAME=value), got {cfg[section]}")
+        for key, value in cfg.get(section, {}).items():
+            _check_knob(f"{section}.{key}", str(key), value)
+    if "wandb" in cfg and cfg.wandb not in (*WANDB_MODES, False):
+        raise UserError(f"wandb must be one of {', '.join(WANDB_MODES)}, got {cfg.wandb}")
+
+
+def _check_knob(name: str, key: str, value: Any) -> None:
+    """UserError unless a knob of evaluation.* or fit.* is of its kind: true or false, a word, or a number above 0."""
+    if key in ("before", "video"):
+        _check_type(name, value, "bool")
+    elif key in ("optimiser", "precision", "path"):
+        _check_type(name, value, "str | None" if key == "path" else "str")
+    else:
+        _check_type(name, value, "float" if key == "learning_rate" else "int")
+        if not 0 < value < float("inf") or (key != "learning_rate" and value > MOST):
+            raise UserError(f"{name} must be above 0 and at most 2^48, got {value}")
 
 
 def _one_line(trouble: Exception, configs: Path) -> str:
@@ -176,13 +196,21 @@ def build(node: Any, what: str, **given: Any) -> Any:
     module, _, name = str(knobs.pop("_target_", "")).rpartition(".")
     if not module:
         raise UserError(f"{what} has no _target_ (a file under configs/{what}/ names its class there)")
-    target = getattr(importlib.import_module(module), name)
+    try:
+        target = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as trouble:
+        raise UserError(f"{what}: {module}.{name} is not to be found ({trouble})") from trouble
     parameters = inspect.signature(target).parameters
     for key, value in knobs.items():
         if key not in parameters or key in given:
             raise UserError(f"{what} takes no {what}.{key}; it takes {', '.join(k for k in parameters if k not in given)}")
         _check_type(f"{what}.{key}", value, str(parameters[key].annotation))
-    return target(**knobs, **{key: value for key, value in given.items() if key in parameters})
+    try:
+        return target(**knobs, **{key: value for key, value in given.items() if key in parameters})
+    except (MemoryError, RuntimeError) as trouble:
+        if isinstance(trouble, MemoryError) or "memory" in str(trouble):
+            raise UserError(f"{what} does not fit into memory: {' '.join(str(trouble).split())[:200]}") from trouble
+        raise
 
 
 def _check_type(key: str, value: Any, annotation: str) -> None:
@@ -208,12 +236,6 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
-def model_node(cfg: Mapping[str, Any], job: str) -> Any:
-    """The node of a model job (`encoder`, `density`, ...), or None where the configuration has none."""
-    node = cfg.get(job)
-    return node if node else None
-
-
 def explain(configs: Path = CONFIGS) -> str:
     """What the door can do: jobs, keys, and the options of each group."""
     from envs.atari import GAMES
@@ -223,7 +245,6 @@ def explain(configs: Path = CONFIGS) -> str:
         return ", ".join(sorted(path.stem for path in (configs / group).glob("*.yaml") if path.stem != "atari"))
 
     keys = [line for line in (configs / "config.yaml").read_text().splitlines() if re.match(r"^[a-z]\w*:", line) and "defaults" not in line]
-    knobs = {group: sorted((configs / group).glob("*.yaml")) for group in ("agent",)}
     lines = [
         "python launch.py [key=value ...]",
         "",
@@ -248,7 +269,7 @@ def explain(configs: Path = CONFIGS) -> str:
         *[f"  {key}" for key in keys],
         "",
     ]
-    for path in knobs["agent"]:
+    for path in sorted((configs / "agent").glob("*.yaml")):
         knob_lines = [line for line in path.read_text().splitlines() if re.match(r"^[a-z]\w*:", line) and "defaults" not in line]
         lines += [f"agent={path.stem}", *[f"  agent.{line}" for line in knob_lines], ""]
     for name in ("evaluation", "fit"):

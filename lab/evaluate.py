@@ -11,11 +11,12 @@ from omegaconf import DictConfig
 
 from agents.api import Agent
 from agents.loop import evaluate
-from envs.api import VectorEnv
+from envs.api import UserError, VectorEnv
 from envs.stats import EpisodeStats
 from lab import checkpoint
-from lab.configure import find_folder, plain, read_config
+from lab.configure import plain
 from lab.film import Film
+from lab.folder import check_fingerprint, find_folder, read_config
 from lab.logging import EvaluationLog
 from lab.protocols import human_normalised, mean_interval
 from lab.run import derive_seed, forked_seed, make_agent, make_env, make_protocol, pick_device
@@ -76,7 +77,10 @@ def evaluate_agent(
                         }
                     )
         if film and video:
-            film.write(video)
+            try:
+                film.write(video)
+            except (OSError, RuntimeError, ValueError) as trouble:  # a film is not worth a run
+                print(f"no video of this evaluation: {' '.join(str(trouble).split())[:200]}")
     return rows
 
 
@@ -89,12 +93,15 @@ def run(cfg: DictConfig) -> int:
     """job=evaluate: scores a run's last checkpoint, prints the mean with its 95 % bootstrap interval, writes evaluations/*.csv."""
     folder = find_folder(str(cfg.run), "run")
     own = {**read_config(folder), "evaluation": plain(cfg)["evaluation"], "seed": cfg.seed}
+    if own["job"] != "train":
+        raise UserError(f"run={folder}: that was job={own['job']}, and only a trained agent can be evaluated")
     device = pick_device(cfg.device)
     loaded = checkpoint.load(folder)
     for warning in loaded.warnings:
         print(warning)
+    check_fingerprint(loaded.state.get("fingerprint"), own | {"seed": read_config(folder)["seed"]}, folder)
     env = make_env(own, cfg.evaluation.num_envs, device, for_evaluation=True)
-    agent = make_agent(own, env.spec, device)
+    agent, _ = make_agent(own, env.spec, device)
     agent.load_state_dict(loaded.state["agent"])
     frames, iteration = loaded.state["frames"], loaded.state["iteration"]
     name = f"frames-{frames}-seed-{cfg.seed}"
@@ -102,6 +109,8 @@ def run(cfg: DictConfig) -> int:
     rows = evaluate_agent(own, env, agent, device, frames, iteration, video)
     env.close()
     target = folder / "evaluations" / name
+    if target.is_symlink():
+        raise UserError(f"{target} is a link, and a run folder holds none")
     target.mkdir(parents=True, exist_ok=True)
     (target / "evaluation.csv").unlink(missing_ok=True)
     with EvaluationLog(target) as log:

@@ -17,13 +17,14 @@ from generative.api import Sampler, Trainable
 from generative.data import FrameData, FrameWriter
 from generative.fit import Fitter
 from lab import checkpoint
-from lab.configure import build, find_folder, plain, read_config
+from lab.configure import build, plain
 from lab.dashboard import Dashboard
 from lab.film import as_rgb
+from lab.folder import find_folder, new_folder, read_config, write_versions
 from lab.logging import MetricsLog
 from lab.progress import Progress
 from lab.report import write_report
-from lab.run import derive_seed, new_folder, pick_device, seed_everything, write_versions
+from lab.run import derive_seed, pick_device, seed_everything
 
 ROWS = 100
 PICTURES = 8

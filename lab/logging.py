@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from envs.api import UserError
-from lab.dashboard import Dashboard as Dashboard
 
 METRICS_FILE = "metrics.jsonl"
 EVALUATION_FILE = "evaluation.csv"

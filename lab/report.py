@@ -18,8 +18,8 @@ import numpy as np
 import yaml  # type: ignore[import-untyped]
 
 from lab import report_sections as sections
-from lab.configure import find_folder
 from lab.curves import Floats
+from lab.folder import find_folder
 from lab.logging import read_evaluation, read_metrics
 from lab.report_sections import Run
 from lab.report_style import CSS, SCRIPT

@@ -1,84 +1,24 @@
-"""A run: its folder, its device, its seeds, and the objects that its configuration names."""
+"""A run: its device, its seeds, its memory, and the objects that its configuration names."""
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import random
-import re
 import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
-from omegaconf import OmegaConf
 
+from agents.api import Agent
 from envs.api import Spec, UserError, VectorEnv
 from generative.api import Density, Encoder, Planner, Simulator
 from lab.configure import MODEL_JOBS, build
 
 PROTOCOL_OF = {"encoder": Encoder, "density": Density, "simulator": Simulator, "planner": Planner}
-PACKAGES = ("torch", "numpy", "ale-py", "gymnasium", "numba", "faiss-cpu", "faiss-gpu", "hydra-core", "wandb", "safetensors")
-
-
-def new_folder(cfg: Mapping[str, Any], title: str) -> Path:
-    """Makes the run folder `runs_dir/run_name` (null: title, seed and time) with config.yaml and version.json in it."""
-    name = cfg.get("run_name") or f"{title}-{cfg['seed']}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if not re.fullmatch(r"[\w.,=+-]+", str(name)) or str(name).startswith("."):
-        raise UserError(f"run_name must be made of letters, digits and . , = + - _, got {name!r}")
-    folder = Path(str(cfg["runs_dir"])) / str(name)
-    if cfg.get("run_name") and folder.exists():
-        raise UserError(f"{folder} exists already; go on with it by resume={folder} or choose another run_name")
-    attempt = 1
-    while folder.exists():
-        attempt += 1
-        folder = folder.with_name(f"{name}-{attempt}")
-    folder.mkdir(parents=True)
-    write_config(folder, cfg)
-    return folder
-
-
-def write_config(folder: Path, cfg: Mapping[str, Any]) -> None:
-    """config.yaml: the resolved configuration."""
-    write_beside(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(cfg))))
-
-
-def write_beside(path: Path, text: str) -> None:
-    """Writes a file in one stroke: whole or not at all."""
-    beside = path.with_name(path.name + ".writing")
-    beside.write_text(text)
-    os.replace(beside, path)
-
-
-def write_versions(folder: Path, device: torch.device) -> None:
-    """version.json: git hash, Python, packages, machine, device and threads."""
-    packages = {}
-    for package in PACKAGES:
-        try:
-            packages[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-    facts = {
-        "git": commit.stdout.strip() or None,
-        "python": platform.python_version(),
-        "packages": packages,
-        "machine": platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "torch_threads": torch.get_num_threads(),
-        "command": " ".join(sys.argv),
-    }
-    write_beside(folder / "version.json", json.dumps(facts, indent=2))
 
 
 def pick_device(name: str) -> torch.device:
@@ -132,6 +72,8 @@ def make_protocol(cfg: Mapping[str, Any], for_evaluation: bool = False) -> Any:
         return None
     from envs.protocols import PROTOCOLS
 
+    if node["name"] not in PROTOCOLS:
+        raise UserError(f"there is no protocol={node['name']}; there are {', '.join(PROTOCOLS)}")
     protocol = PROTOCOLS[node["name"]]
     return protocol.for_evaluation() if for_evaluation else protocol
 
@@ -144,10 +86,10 @@ def make_model(cfg: Mapping[str, Any], job: str, spec: Spec, device: torch.devic
     return model
 
 
-def make_agent(cfg: Mapping[str, Any], spec: Spec, device: torch.device) -> Any:
-    """The agent of a configuration with the models of its jobs."""
+def make_agent(cfg: Mapping[str, Any], spec: Spec, device: torch.device) -> tuple[Agent, dict[str, Any]]:
+    """The agent of a configuration, and the models that do its jobs, by job."""
     jobs = {job: make_model(cfg, job, spec, device) for job in MODEL_JOBS if cfg.get(job)}
-    return build(cfg["agent"], "agent", spec=spec, device=device, **jobs)
+    return build(cfg["agent"], "agent", spec=spec, device=device, **jobs), jobs
 
 
 def free_bytes(device: torch.device) -> int:
@@ -174,11 +116,11 @@ def check_memory(needed: int, device: torch.device, advice: str) -> None:
 
 
 def check_disk(needed: int, folder: Path) -> None:
-    """UserError where the file system of `folder` (or of its nearest parent) has fewer than `needed` bytes free."""
+    """UserError where `folder` cannot grow to `needed` bytes: what is free in its file system, and what it holds already."""
     place = folder.absolute()
     while not place.exists():
         place = place.parent
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(place).free + sum(file.stat().st_size for file in folder.glob("checkpoint*/*"))
     if needed > free:
         needs = f"the checkpoints will grow to {needed:,} bytes but only {free:,} are free in {folder}"
         raise UserError(f"{needs}; lower agent.capacity or frames, or choose another runs_dir")

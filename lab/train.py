@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import signal
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,13 +15,14 @@ import torch
 from omegaconf import DictConfig
 
 from agents.loop import play, ticks_for
-from envs.api import UserError, VectorEnv
+from envs.api import VectorEnv
 from generative.data import FrameData
 from lab import checkpoint, fit
-from lab.configure import RESUMABLE_KEYS, find_folder, plain
+from lab.configure import plain
 from lab.dashboard import Dashboard
 from lab.evaluate import evaluate_agent, mean_return
-from lab.logging import EvaluationLog, MetricsLog, cut_back
+from lab.folder import check_fingerprint, find_folder, fingerprint, lock, new_folder, write_config, write_versions
+from lab.logging import EVALUATION_FILE, METRICS_FILE, EvaluationLog, MetricsLog, cut_back
 from lab.progress import Progress
 from lab.report import write_report
 from lab.run import (
@@ -32,11 +32,8 @@ from lab.run import (
     human_bytes,
     make_agent,
     make_env,
-    new_folder,
     pick_device,
     seed_everything,
-    write_config,
-    write_versions,
 )
 from lab.summary import summarise
 from lab.window import Window
@@ -59,13 +56,6 @@ def run(cfg: DictConfig) -> int:
         training.close()
 
 
-def fingerprint(settings: Mapping[str, Any]) -> str:
-    """A digest of all that a resumed run may not change."""
-    free = (*RESUMABLE_KEYS, "evaluation", "resume", "runs_dir", "run_name")
-    fixed = {key: value for key, value in settings.items() if key not in free}
-    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
-
-
 class Training:
     """One run, from nothing or from its last checkpoint to its budget.
 
@@ -81,7 +71,8 @@ class Training:
     def __init__(self, settings: dict[str, Any], device: torch.device, folder: Path | None) -> None:
         self.settings, self.device = settings, device
         self.frames = self.iteration = self._interrupts = 0
-        self._evaluated = True
+        self._evaluated, self._warned = True, False
+        self.progress: Progress | None = None
         self._evaluation_env: VectorEnv | None = None
         self.recent: deque[float] = deque(maxlen=RECENT_EPISODES)
         self._notes: list[str] = []
@@ -89,16 +80,19 @@ class Training:
         self._frames_per_tick = self.env.num_envs * self.env.spec.frames_per_step
         self._frames_per_iteration = ticks_for(settings["frames_per_iteration"], self.env) * self._frames_per_tick
         seed_everything(self._seed("build"))
-        self.agent = make_agent(settings, self.env.spec, device)
-        self._announce_resources()
+        self.agent, self.models = make_agent(settings, self.env.spec, device)
+        self._announce_resources(folder)
         self.folder = folder or new_folder(settings, f"{settings['choices']['agent']}-{settings['choices']['env']}")
+        self._lock = lock(self.folder)
         if folder:
             cut_back(folder, self._restore(folder))
-            write_config(folder, settings)
         write_versions(self.folder, device)
         self.log, self.evaluations = MetricsLog(self.folder), EvaluationLog(self.folder)
-        self.dashboard = Dashboard(self.folder, settings["wandb"], settings, settings["tensorboard"], say=self._say)
-        self._notes += self.dashboard.notes
+        self._dashboard: Dashboard | None = None
+        if settings["wandb"] not in ("auto", "offline") or settings["tensorboard"]:
+            self._notes += self.dashboard.notes  # what can be refused is refused before the first frame
+        if folder:
+            write_config(folder, settings)
 
     def run(self) -> int:
         """Plays whole iterations until the budget is spent. Returns the exit code."""
@@ -108,18 +102,22 @@ class Training:
         try:
             if fresh:
                 self._fit()
+            if self._interrupts:
+                return self._stopped()
             whole = self.frames + -(-max(0, budget - self.frames) // each) * each
             with Progress(whole, title) as self.progress:
                 for note in self._notes:
                     self.progress.message(note)
                 self.progress.message(f"run folder {self.folder}" + (f", going on at {self.frames:,} frames" if self.frames else ""))
-                if whole > budget:
+                if self.frames >= budget:
+                    self.progress.message(f"frames={budget:,} are played already")
+                elif whole > budget:
                     self.progress.message(f"frames={budget:,} becomes {whole:,}: whole iterations of {each:,}")
-                if fresh and not self._interrupts and self.settings["evaluation"]["before"]:
-                    self._evaluate()
-                if fresh and self.frames and not self._interrupts:
-                    self._save()
-                if not fresh and not self._evaluated:
+                if fresh:
+                    self._evaluated = not self.settings["evaluation"]["before"]
+                    if self.frames:
+                        self._save()
+                if not self._evaluated:
                     self._evaluate()
                 write_report(self.folder)
                 while self.frames < budget and not self._interrupts:
@@ -128,23 +126,35 @@ class Training:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         if self._interrupts:
-            print(f"stopped at {self.frames:,} frames; go on with: python launch.py resume={self.folder}")
-            return INTERRUPTED
+            return self._stopped()
         print(summarise(self.folder, self.settings, list(self.recent)))
         return 0
 
+    def _stopped(self) -> int:
+        print(f"stopped at {self.frames:,} frames; go on with: python launch.py resume={self.folder}")
+        return INTERRUPTED
+
+    @property
+    def dashboard(self) -> Dashboard:
+        """Connected at its first use, not at the start: that takes seconds."""
+        if self._dashboard is None:
+            self._dashboard = Dashboard(self.folder, self.settings["wandb"], self.settings, self.settings["tensorboard"], say=self._say)
+        return self._dashboard
+
     def close(self) -> None:
         """Ends emulators, logs and the dashboard."""
+        self._lock.close()
         self.env.close()
         if self._evaluation_env is not None:
             self._evaluation_env.close()
         self.log.close()
         self.evaluations.close()
-        self.dashboard.close()
+        if self._dashboard is not None:
+            self._dashboard.close()
 
     def _fit(self) -> None:
         """Iteration 0: where the agent's encoder must be fitted, collects random play and fits it, or takes a fitted one from fit.path."""
-        encoder = getattr(self.agent, "encoder", None)
+        encoder = self.models.get("encoder")
         if encoder is None or not fit.needs_fit(encoder):
             return
         knobs = self.settings["fit"]
@@ -181,17 +191,20 @@ class Training:
         for tick in ticks:
             window.add(tick)
             if self._interrupts:
-                tick = ticks.send(True)
-                window.add(tick)
+                with suppress(StopIteration):
+                    tick = ticks.send(True)
+                    window.add(tick)
             self.frames = before + tick.played
-            self.progress.update(self.frames)
+            self._show()
             if self.frames - logged >= every:
                 logged = self.frames
                 self._log(window)
         if logged != self.frames:
             self._log(window)
-        if not window.episodes and self.iteration == 1:
-            self.progress.message("no lane finished an episode in the first iteration; raise frames_per_iteration")
+        idle = window.lanes_without_episode()
+        if idle and not self._warned and not self._interrupts:
+            self._warned = True
+            self._say(f"{idle} of {self.env.num_envs} lanes finished no episode in this iteration; raise frames_per_iteration")
         self._evaluated = False
         if not self._interrupts:
             self._evaluate()
@@ -205,7 +218,7 @@ class Training:
         self.recent.extend(returns)
         self._write({"frames": self.frames, "iteration": self.iteration, **row})
         shown = {name: value for name, value in row.items() if name.startswith("time/") or name in SHOWN}
-        self.progress.update(self.frames, **shown)
+        self._show(**shown)
 
     def _write(self, row: Mapping[str, Any]) -> None:
         self.log.write(row)
@@ -226,8 +239,8 @@ class Training:
         self.dashboard.log({"frames": self.frames, "iteration": self.iteration, "evaluation/return_mean": score})
         if video and video.exists():
             self.dashboard.video("evaluation/video", video, self.frames)
-        self.progress.message(f"score {score:,.1f} at {self.frames:,} frames ({len(rows)} episodes)")
-        self.progress.update(self.frames, score=score)
+        self._say(f"score {score:,.1f} at {self.frames:,} frames ({len(rows)} episodes)")
+        self._show(score=score)
 
     def _save(self) -> None:
         state = {
@@ -247,22 +260,24 @@ class Training:
             loaded = checkpoint.load(folder)
         except checkpoint.NoCheckpoint:
             self._notes.append(f"{folder} was stopped before its first checkpoint, so it starts anew")
+            for name in (METRICS_FILE, EVALUATION_FILE):
+                if (folder / name).exists():
+                    (folder / name).replace(folder / f"{name}.old")
             return {}
         self._notes += loaded.warnings
         state = loaded.state
-        if state.get("fingerprint") != fingerprint(self.settings):
-            raise UserError(f"{folder}/config.yaml is not what its checkpoint was made with; put it back, or start a new run")
-        self.frames, self.iteration, self._evaluated = state["frames"], state["iteration"], state["evaluated"]
+        check_fingerprint(state.get("fingerprint"), self.settings, folder)
+        self.frames, self.iteration, self._evaluated = state["frames"], state["iteration"], state.get("evaluated", True)
         self.recent.extend(state["recent"])
         self.agent.load_state_dict(state["agent"])
         return state["logs"]
 
-    def _announce_resources(self) -> None:
+    def _announce_resources(self, folder: Path | None) -> None:
         """Says what the agent's memory and its checkpoints will grow to. UserError where that is more than is free."""
         budget = self.settings["frames"] + self._frames_per_iteration
         needed = self.agent.required_bytes(budget // self.env.spec.frames_per_step)
         check_memory(needed, self.device, "lower agent.capacity or frames")
-        check_disk(2 * needed, Path(self.settings["runs_dir"]))
+        check_disk(3 * needed, folder or Path(self.settings["runs_dir"]))  # two checkpoints, and the one that is being written
         if needed:
             disk = human_bytes(2 * needed)
             self._notes.append(f"the agent's memory grows to at most {human_bytes(needed)}, its two checkpoints to {disk}")
@@ -273,11 +288,20 @@ class Training:
     def _stopping(self) -> bool:
         return self._interrupts > 0
 
+    def _show(self, **values: Any) -> None:
+        if self.progress is not None:
+            self.progress.update(self.frames, **values)
+
     def _say(self, text: str) -> None:
-        self.progress.message(text)
+        if self.progress is None:
+            self._notes.append(text)
+        else:
+            self.progress.message(text)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self._interrupts += 1
         if self._interrupts > 1:
+            for again in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(again, signal.SIG_IGN)
             raise KeyboardInterrupt
-        self.progress.message("stopping: this iteration ends here and is saved (once more: stop at once)")
+        self._say("stopping: what is under way ends here and is saved (once more: stop at once)")

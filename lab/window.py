@@ -24,7 +24,9 @@ class Window:
         self._frames_per_tick = num_envs * frames_per_step
         self._agent: dict[str, Any] = {}
         self._process = psutil.Process()
-        self.episodes = self._ticks = 0
+        self._ticks = 0
+        self._lanes_done: set[int] = set()
+        self._num_envs = num_envs
         self._seconds = [0.0] * len(Seconds._fields)
         self._began = time.perf_counter()
 
@@ -40,7 +42,7 @@ class Window:
         """The row since the last call, and the returns in it; the next window begins."""
         finished = self._stats.drain()
         returns = [episode.episode_return for episode in finished]
-        self.episodes += len(finished)
+        self._lanes_done |= {episode.lane for episode in finished}
         wall = time.perf_counter() - self._began
         row: dict[str, Any] = {"train/episodes": len(finished)}
         if finished:
@@ -54,6 +56,10 @@ class Window:
         row["memory/process_bytes"] = self._process.memory_info().rss
         self._restart()
         return row, returns
+
+    def lanes_without_episode(self) -> int:
+        """How many lanes have finished no episode in any row so far."""
+        return self._num_envs - len(self._lanes_done)
 
     def _restart(self) -> None:
         self._began = time.perf_counter()

@@ -59,6 +59,33 @@ def refused(capsys, *words: str) -> str:
         (["checkpoint_frames=1_500_000"], "multiple"),
         (["evaluation.episodes_per_lane=0"], "evaluation.episodes_per_lane"),
         (["fit.updates=-1"], "fit.updates"),
+        (["fit.updates=2.5"], "fit.updates must be a whole number"),
+        (["fit.batch_size=many"], "fit.batch_size must be a whole number"),
+        (["evaluation.num_envs=two"], "evaluation.num_envs must be a whole number"),
+        (["evaluation.episodes_per_lane=1.5"], "evaluation.episodes_per_lane must be a whole number"),
+        (["evaluation.video=maybe"], "evaluation.video must be true or false"),
+        (["env=Catch", "encoder.features=0"], "features"),
+        (["env=Catch", "encoder=vae", "encoder.latents=0"], "latents"),
+        (["env=Catch", "encoder=vae", "encoder.architecture=big"], "architecture"),
+        (["env=Catch", "encoder=vae", "encoder.likelihood=cauchy"], "likelihood"),
+        (["agent=null"], "agent"),
+        (["encoder=null"], "encoder"),
+        (["+foo=1"], "foo"),
+        (["env=Pong", "+protocol.sticky=3"], "protocol"),
+        (["~agent"], "key=value"),
+        (["agent@other=random"], "key=value"),
+        (["frames=1e30"], "frames must be"),
+        (["num_envs=1_000_000_000"], "num_envs must be"),
+        (["tensorboard=maybe"], "tensorboard"),
+        (["seed=true"], "seed must be"),
+        (["evaluation=3"], "evaluation"),
+        (["fit=null"], "fit"),
+        (["env=Catch", "agent._target_=nope.Nope"], "nope"),
+        (["env=Catch", "encoder.features=10_000_000_000_000"], "memory"),
+        (["job=collect", "env=Catch", "data="], "data"),
+        (["job=collect", "env=Catch", "data=null"], "data"),
+        (["job=bench", "bench.runs=[3]"], "runs"),
+        (["job=bench", "bench.seeds=5"], "seeds"),
         (["hello"], "key=value"),
         (["frames=[1"], "frames"),
         (["experiment=none_such"], "none_such"),
@@ -85,7 +112,7 @@ def test_device_that_is_not_there(capsys):
 
 
 def test_capacity_beyond_memory_tells_the_bytes(capsys, tmp_path):
-    line = refused(capsys, "env=Pong", "agent.capacity=1_000_000_000_000", "frames=1_000_000_000_000_000", f"runs_dir={tmp_path}")
+    line = refused(capsys, "env=Pong", "agent.capacity=1_000_000_000_000", "frames=200_000_000_000_000", f"runs_dir={tmp_path}")
     needed, free = (int(word.replace(",", "")) for word in line.split() if word.replace(",", "").isdigit())
     assert needed > 6 * 10**12 * 300
     assert 10**6 < free < 10**14
@@ -132,6 +159,12 @@ def test_existing_run_name_is_not_overwritten(tmp_path, capsys):
     assert train(tmp_path) == 0
     line = refused(capsys, "env=Catch", *SHORT, f"runs_dir={tmp_path}", "run_name=run")
     assert "resume=" in line
+
+
+@pytest.mark.parametrize("name", ["josé (1)", "a=b", "with space"])
+def test_folders_may_be_called_what_people_call_them(tmp_path, name):
+    assert launch.main(["env=Catch", *SHORT, *SHORT_EVALUATION, f"runs_dir={tmp_path / name}", "run_name=run"]) == 0
+    assert launch.main([f"resume={tmp_path / name / 'run'}", "frames=960"]) == 0
 
 
 def test_numbers_may_be_typed_as_people_type_them():

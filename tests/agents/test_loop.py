@@ -88,6 +88,17 @@ def test_listener_ends_the_loop_with_one_more_tick_that_is_cut():
     assert agent.calls[-1] == "learn"
 
 
+def test_stopping_on_the_last_tick_plays_no_more():
+    env = Catch(2, CPU)
+    agent = Recorder(env.spec)
+    ticks = play(env, agent, frames=4, seed=0)
+    next(ticks)
+    assert next(ticks).played == 4
+    with pytest.raises(StopIteration):
+        ticks.send(True)
+    assert [bool(after.last.all()) for _, _, after in agent.seen] == [False, True]
+
+
 def test_failing_lesson_leaves_no_step_pending():
     env = Catch(2, CPU)
 

@@ -123,8 +123,20 @@ def test_grown_memory_equals_brute_force_and_its_saved_copy(search):
 def test_an_entry_costs_no_more_than_is_announced_and_at_most_450_bytes():
     memory = Neighbours(1, 64, 100_000, 11, CPU, "scan")
     memory.write(torch.zeros(100_000, dtype=torch.int64), torch.randn(100_000, 64), torch.arange(100_000), torch.zeros(100_000))
-    assert 100_000 * (4 * 64 + 4 + 8 + 8) < memory.nbytes <= memory.required_bytes(100_000)
+    assert 100_000 * (4 * 64 + 4 + 8 + 8) < memory.nbytes <= 450 * 100_000
+    assert memory.nbytes <= memory.required_bytes(100_000)
     assert Neighbours(6, 64, 1_000_000, 11, CPU, "scan").required_bytes(6_000_000) <= 450 * 6_000_000
+
+
+@pytest.mark.parametrize("skew", ["even", "one action"])
+def test_announced_bytes_hold_at_every_size_and_however_the_entries_spread(skew):
+    memory, entries = Neighbours(18, 64, 30_000, 11, CPU, "scan"), 0
+    for _ in range(40):
+        actions = torch.randint(18, (500,)) if skew == "even" else torch.zeros(500, dtype=torch.int64)
+        memory.write(actions, torch.randn(500, 64), torch.randint(2**62, (500,)), torch.zeros(500))
+        entries += 500
+        held = [column.nbytes for table in memory.tables for column in table.columns().values()]
+        assert sum(held) < memory.nbytes <= memory.required_bytes(entries)
 
 
 @pytest.mark.parametrize(("knobs", "word"), [({"k": 0}, "k must"), ({"capacity": 1}, "capacity"), ({"search": "annoy"}, "annoy")])

@@ -211,12 +211,114 @@ def test_killed_at_random_moments_every_run_resumes(tmp_path):
     assert_same_run(run(tmp_path, "whole", *words), folder)
 
 
-def test_loss_that_is_not_finite_ends_with_1_and_keeps_the_last_state(tmp_path, capsys):
+def test_loss_that_is_not_finite_ends_with_1(tmp_path, capsys):
     words = [*WORDS, f"runs_dir={tmp_path}", "run_name=run", *VAE, "fit.learning_rate=1e30", "fit.updates=50", "frames=320"]
     assert launch.main(words) == 1
     err = capsys.readouterr().err
     assert "not finite" in err
     assert err.count("\n") == 1
+
+
+def test_job_fit_whose_loss_is_not_finite_keeps_the_last_good_state(tmp_path):
+    data = tmp_path / "frames"
+    assert launch.main(["job=collect", "env=Catch", "frames=640", f"data={data}"]) == 0
+    words = ["job=fit", "model=vae", f"data={data}", "fit.updates=50", "fit.learning_rate=1e30", "wandb=off", f"runs_dir={tmp_path}"]
+    assert launch.main([*words, "run_name=fit"]) == 1
+    state = checkpoint.load(tmp_path / "fit", only="model").state
+    assert all(torch.isfinite(value).all() for value in state.values())
+
+
+def test_a_strangers_run_folder_runs_nothing_of_its_own(tmp_path, capsys):
+    folder = run(tmp_path, "run", "frames=320")
+    config = folder / "config.yaml"
+    touched = tmp_path / "touched"
+    text = config.read_text().replace("_target_: envs.toy.Catch", f"_target_: os.system\n  command: touch {touched}")
+    assert "os.system" in text
+    config.write_text(text)
+    for words in ([f"resume={folder}"], ["job=evaluate", f"run={folder}"]):
+        assert launch.main(words) == 2
+        assert "os.system" in capsys.readouterr().err
+    assert not touched.exists()
+
+
+def test_a_mistake_on_resume_leaves_the_folder_as_it_was(tmp_path, capsys):
+    folder = run(tmp_path, "run", "frames=320")
+    before = (folder / "config.yaml").read_text()
+    for word in ("wandb=maybe", "evaluation.num_envs=two", "frames=-1", "device=tpu"):
+        assert launch.main([f"resume={folder}", word]) == 2
+    assert (folder / "config.yaml").read_text() == before
+    assert launch.main([f"resume={folder}", "frames=640"]) == 0
+
+
+def test_fit_folder_can_be_neither_resumed_nor_evaluated(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("job: fit\n")
+    for words in ([f"resume={tmp_path}"], ["job=evaluate", f"run={tmp_path}"]):
+        assert launch.main(words) == 2
+        assert "job=fit" in capsys.readouterr().err
+
+
+def test_one_folder_belongs_to_one_process(tmp_path, capsys):
+    from lab.folder import lock
+
+    folder = run(tmp_path, "run", "frames=320")
+    with lock(folder):
+        assert launch.main([f"resume={folder}", "frames=640"]) == 2
+    assert "another process" in capsys.readouterr().err
+    assert launch.main([f"resume={folder}", "frames=640"]) == 0
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "evaluation.csv", "config.yaml.writing", "version.json"])
+def test_links_in_a_strangers_run_folder_are_not_followed(tmp_path, capsys, name):
+    folder, victim = run(tmp_path, "run", "frames=320"), tmp_path / "victim"
+    victim.write_text("precious")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(victim)
+    assert launch.main([f"resume={folder}", "frames=640"]) == 2
+    assert "link" in capsys.readouterr().err
+    assert victim.read_text() == "precious"
+
+
+@pytest.mark.parametrize("text", ["job: train\n", "job: train\na: &x [1]\nb: *x\n", "job: 3\n", "job: train\n" + "#" * 200_000])
+def test_configuration_that_no_run_wrote_is_refused(tmp_path, capsys, text):
+    (tmp_path / "config.yaml").write_text(text)
+    assert launch.main([f"resume={tmp_path}"]) == 2
+    assert "config.yaml is damaged" in capsys.readouterr().err
+
+
+def test_logs_of_a_run_whose_checkpoints_are_gone_are_put_aside(tmp_path):
+    import shutil
+
+    folder = run(tmp_path, "run", "frames=320")
+    log = (folder / "metrics.jsonl").read_text()
+    for name in ("checkpoint", "checkpoint.previous"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    assert launch.main([f"resume={folder}"]) == 0
+    assert (folder / "metrics.jsonl.old").read_text() == log
+
+
+def test_failing_video_does_not_end_the_run(tmp_path, monkeypatch):
+    from lab.film import Film
+
+    def fail(*arguments):
+        raise RuntimeError("no encoder")
+
+    monkeypatch.setattr(Film, "write", fail)
+    run(tmp_path, "run", "frames=320", "evaluation.video=true")
+
+
+def test_interrupt_while_the_fitted_agent_is_scored_keeps_the_encoder(tmp_path, monkeypatch):
+    from lab import train
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return []
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate_agent", interrupted)
+        words = [*WORDS, f"runs_dir={tmp_path}", "run_name=run", *VAE, "frames=960"]
+        assert launch.main(words) == 130
+    assert launch.main([f"resume={tmp_path / 'run'}"]) == 0
+    assert_same_run(run(tmp_path, "whole", *VAE, "frames=960"), tmp_path / "run")
 
 
 def test_fitted_encoder_is_reused_by_path(tmp_path):
