@@ -3,8 +3,8 @@
     python -m benchmarks.start_time --out benchmarks/results/start_time.json
 
 A process is launched as a user would, with a row of metrics on the first tick; the clock stops when that row is on disk. The first launch
-only warms the caches (of files and of compiled kernels) and is not counted. The evaluation of the untrained agent, which comes
-before the first training frame by default, is measured apart: it plays whole episodes.
+only warms the caches (of files and of compiled kernels) and is not counted. `evaluation.before=true` (of experiment=demo) is measured
+apart: it plays whole episodes before the first training frame.
 """
 
 from __future__ import annotations
