@@ -90,7 +90,7 @@ class Training:
         self.log, self.evaluations = MetricsLog(self.folder), EvaluationLog(self.folder)
         self._dashboard: Dashboard | None = None
         if settings["wandb"] not in ("auto", "offline") or settings["tensorboard"]:
-            self._notes += self.dashboard.notes  # what can be refused is refused before the first frame
+            self._connect()  # what can be refused is refused before the first frame
         if folder:
             write_config(folder, settings)
 
@@ -137,8 +137,12 @@ class Training:
     @property
     def dashboard(self) -> Dashboard:
         """Connected at its first use, not at the start: that takes seconds."""
-        if self._dashboard is None:
-            self._dashboard = Dashboard(self.folder, self.settings["wandb"], self.settings, self.settings["tensorboard"], say=self._say)
+        return self._dashboard or self._connect()
+
+    def _connect(self) -> Dashboard:
+        self._dashboard = Dashboard(self.folder, self.settings["wandb"], self.settings, self.settings["tensorboard"], say=self._say)
+        for note in self._dashboard.notes:
+            self._say(note)
         return self._dashboard
 
     def close(self) -> None:
