@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import ROOT, VAE, WORDS, assert_same_run, metrics, run
+from short_runs import ROOT, VAE, WORDS, assert_same_run, metrics, run
 
 import launch
 from lab import checkpoint

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import torch
-from runs import VAE, WORDS, assert_equal, metrics, run
+from short_runs import VAE, WORDS, assert_equal, metrics, run
 
 import launch
 from generative.api import Encoder
