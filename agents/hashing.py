@@ -82,7 +82,7 @@ class HashIndex:
         flat = hashes.reshape(-1)
         buckets = self._buckets(flat)
         rows = self._rows[buckets].reshape(flat.shape[0], -1)
-        match = (self._hashes[buckets].reshape(rows.shape) == flat.unsqueeze(1)) & (rows >= 0)
+        match = self._hashes[buckets].reshape(rows.shape) == flat.unsqueeze(1)  # an empty slot's row is -1, whatever its hash
         return torch.where(match, rows, -1).amax(1).reshape(hashes.shape).to(torch.int64)
 
     def insert(self, hashes: Tensor, rows: Tensor) -> None:

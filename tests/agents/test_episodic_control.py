@@ -87,8 +87,8 @@ def test_time_limit_drops_the_episode():
     learner = agent()
     episode(learner, [0, 0], [1, 1], [1, 1], [0, 1])
     assert len(learner.memory) == 0
-    episode(learner, [0, 0], [1, 1], [1, 0], [0, 1])
-    assert len(learner.memory) == 2
+    episode(learner, [1, 1], [1, 1], [1, 0], [0, 1])
+    assert learner.memory.sizes == [0, 2]
 
 
 def test_lost_life_ends_the_return_but_not_the_episode():
@@ -143,6 +143,17 @@ def test_key_frames_tell_apart_what_one_frame_cannot():
         assert decision.notes["key"].shape == (1, 16)
     assert not torch.equal(keys[0], keys[1])
     assert torch.equal(keys[0][:, 8:], keys[1][:, 8:])
+
+
+def test_a_key_sees_nothing_of_the_episode_before():
+    learner = agent(key_frames=3)
+    opening = Step(frame(4), torch.zeros(1), torch.ones(1), torch.tensor([True]), frame(4))
+    first = learner.act(opening, learner.initial(1), explore=False)
+    later = learner.act(opening._replace(last=torch.tensor([False])), first.carry, explore=False)
+    again = learner.act(opening, later.carry, explore=False)
+    assert torch.equal(again.notes["key"], first.notes["key"])
+    assert torch.equal(again.notes["hash"], first.notes["hash"])
+    assert not torch.equal(later.notes["key"], first.notes["key"])
 
 
 @pytest.mark.parametrize(("knob", "bad"), [("gamma", 1.5), ("epsilon", -0.1), ("key_frames", 0), ("k", 0), ("capacity", 0)])

@@ -70,6 +70,15 @@ def test_full_table_gives_up_what_was_used_longest_ago():
     assert sorted(ask(memory, 9.1, 999).rows[0, 0].tolist()) == [1, 3]
 
 
+def test_an_entry_that_is_written_again_is_used():
+    memory = small(capacity=3)
+    for frame in range(3):
+        write(memory, 0, [float(frame)], [100 + frame], [float(frame)])
+    write(memory, 0, [0.0], [100], [-1.0])
+    write(memory, 0, [9.0], [109], [9.0])
+    assert [bool(ask(memory, 0.0, frame).exact[0, 0]) for frame in (100, 101, 102, 109)] == [True, False, True, True]
+
+
 def test_evicted_row_answers_for_its_new_key_only():
     memory = small(capacity=2)
     write(memory, 0, [0.0, 1.0], [100, 101], [1.0, 1.0])
