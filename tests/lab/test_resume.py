@@ -100,8 +100,9 @@ def wait_for(path: Path, process: subprocess.Popen, seconds: float = 60) -> None
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_saves_a_short_iteration_and_says_how_to_go_on(tmp_path, number):
     process = start(tmp_path, "run", "frames=100_000_000", "frames_per_iteration=1_000_000", "log_frames=320")
-    wait_for(tmp_path / "run" / "evaluation.csv", process)
-    time.sleep(1.0)
+    rows, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 60
+    while not (rows.exists() and rows.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
     process.send_signal(number)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130, out
