@@ -125,9 +125,10 @@ def table(results: list[dict[str, Any]]) -> str:
     for row in results:
         known = SCORES.get(row["game"])
         low, high = row["interval_over_seeds"]
+        score = f"{row['score']:,.1f} " + (f"({low:,.1f} to {high:,.1f})" if row["seeds"] > 1 else "(one seed)")
         beside = [f"{known.random:,.1f}", f"{known.human:,.1f}", f"{known.mfec:,.1f}"] if known else ["", "", ""]
         lines.append(
-            f"| {row['setting']} | {row['frames']:,} | {row['seeds']} | {row['score']:,.1f} ({low:,.1f} to {high:,.1f}) | "
+            f"| {row['setting']} | {row['frames']:,} | {row['seeds']} | {score} | "
             f"{beside[0]} | {beside[1]} | {beside[2]} | {row['frames_per_second']:,.0f} |"
         )
     return "\n".join(lines) + "\n"

@@ -179,3 +179,24 @@ def test_learns_to_catch_and_a_saved_copy_plays_alike():
     copy.load_state_dict(learner.state_dict())
     assert score(learner) > 0.9
     assert score(copy) == score(learner)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_qbert_rises_well_above_random_play_in_300_000_frames(seed):
+    """Random play earns 163.9 points (the table of random and human scores in lab/protocols.py)."""
+    from envs.atari import AtariEnv
+    from envs.protocols import PROTOCOLS
+    from envs.stats import EpisodeStats
+    from generative.projection import RandomProjection
+
+    torch.manual_seed(seed)
+    env = AtariEnv("Qbert", 16, CPU, PROTOCOLS["mfec2016"])
+    encoder = RandomProjection(env.spec.obs_shape, env.spec.num_actions, CPU)
+    learner, stats, returns = EpisodicControl(env.spec, CPU, encoder=encoder), EpisodeStats(16, 4, CPU), []
+    for tick in play(env, learner, frames=300_000, seed=seed):
+        stats.update(tick.after)
+        finished = stats.drain()
+        if tick.played > 200_000:
+            returns += [episode.episode_return for episode in finished]
+    assert sum(returns) / len(returns) > 2.5 * 163.9
