@@ -290,6 +290,8 @@ class Training:
         return derive_seed(self.settings["seed"], self.iteration, purpose)
 
     def _stopping(self) -> bool:
+        """Asked at every step of an evaluation, which may last: keeps the view alive, and says whether to stop."""
+        self._show()
         return self._interrupts > 0
 
     def _show(self, **values: Any) -> None:
