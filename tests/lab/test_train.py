@@ -8,7 +8,6 @@ import torch
 from short_runs import VAE, WORDS, assert_equal, metrics, run
 
 import launch
-from generative.api import Encoder
 from lab import checkpoint
 from lab.run import derive_seed, forked_seed, seed_everything
 
@@ -129,7 +128,7 @@ def test_random_state_is_a_function_of_seed_iteration_and_purpose():
 def test_a_new_encoder_agent_and_environment_are_two_new_files_each(tmp_path, monkeypatch):
     """Three strangers, each a module and a YAML, play together without an edit elsewhere."""
 
-    from lab import configure
+    from lab import configure, train
 
     (tmp_path / "stranger.py").write_text(
         "import torch\n"
@@ -155,10 +154,13 @@ def test_a_new_encoder_agent_and_environment_are_two_new_files_each(tmp_path, mo
     monkeypatch.syspath_prepend(tmp_path)
     import stranger
 
-    cfg = configure.compose(["agent=player", "env=World", "encoder=eye"], configs)
-    env = configure.build(cfg.env, "env", num_envs=2, device=torch.device("cpu"))
-    eye = configure.build(cfg.encoder, "encoder", obs_shape=env.spec.obs_shape, num_actions=3, device=torch.device("cpu"))
-    player = configure.build(cfg.agent, "agent", spec=env.spec, device=torch.device("cpu"), encoder=eye)
-    assert isinstance(env, stranger.World)
-    assert isinstance(eye, Encoder)
-    assert player.encoder.features == 5
+    short = ["frames=64", "frames_per_iteration=64", "num_envs=4", "wandb=off", "evaluation.num_envs=2", "evaluation.video=false"]
+    words = ["agent=player", "env=World", "encoder=eye", f"runs_dir={tmp_path}", "run_name=strangers", *short]
+    training = train.Training(configure.plain(configure.compose(words, configs)), torch.device("cpu"), None)
+    assert isinstance(training.env, stranger.World)
+    assert isinstance(training.agent, stranger.Player)
+    assert isinstance(training.models["encoder"], stranger.Eye)
+    assert training.models["encoder"].features == 5
+    assert training.run() == 0
+    training.close()
+    assert (tmp_path / "strangers" / "report.html").exists()
