@@ -9,8 +9,8 @@ from omegaconf import DictConfig
 from agents.loop import play
 from generative.data import FrameWriter
 from lab.configure import plain
-from lab.progress import Progress
-from lab.run import derive_seed, human_bytes, make_agent, make_env, pick_device, seed_everything
+from lab.progress import Progress, human_bytes
+from lab.run import derive_seed, make_agent, make_env, pick_device, seed_everything
 
 
 def run(cfg: DictConfig) -> int:

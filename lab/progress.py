@@ -146,7 +146,7 @@ class Progress:
         entries, size = values.pop("entries", None), values.pop("memory_bytes", None)
         if entries is not None or size is not None:
             told = [f"{_short(float(entries))} entries"] if entries is not None else []
-            told += [_bytes(float(size))] if size is not None else []
+            told += [human_bytes(float(size))] if size is not None else []
             pieces.append(("memory " + ", ".join(told), ""))
         pieces += [(f"{name.replace('_', ' ')} {_number(value)}", "") for name, value in values.items() if value is not None]
         return pieces
@@ -229,7 +229,8 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def _bytes(count: float) -> str:
+def human_bytes(count: float) -> str:
+    """1536 -> '1.5 kB': decimal units."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -124,12 +124,3 @@ def check_disk(needed: int, folder: Path) -> None:
     if needed > free:
         needs = f"the checkpoints will grow to {needed:,} bytes but only {free:,} are free in {folder}"
         raise UserError(f"{needs}; lower agent.capacity or frames, or choose another runs_dir")
-
-
-def human_bytes(count: float) -> str:
-    """1536 -> '1.5 kB': decimal units."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

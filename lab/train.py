@@ -23,13 +23,12 @@ from lab.dashboard import Dashboard
 from lab.evaluate import evaluate_agent, mean_return
 from lab.folder import check_fingerprint, find_folder, fingerprint, lock, new_folder, write_config, write_versions
 from lab.logging import EVALUATION_FILE, METRICS_FILE, EvaluationLog, MetricsLog, cut_back
-from lab.progress import Progress
+from lab.progress import Progress, human_bytes
 from lab.report import write_report
 from lab.run import (
     check_disk,
     check_memory,
     derive_seed,
-    human_bytes,
     make_agent,
     make_env,
     pick_device,
