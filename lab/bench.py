@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -68,11 +69,15 @@ def _train(target: Path, words: list[str], seed: int, device: str) -> int:
     else:
         command = [*words, f"seed={seed}", f"device={device}", f"runs_dir={target.parent}", f"run_name={target.name}", "wandb=off"]
     process = subprocess.Popen([sys.executable, str(LAUNCH), *command])
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:  # the terminal sends it to the run too, which saves and ends
-            continue
+    before = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
+    try:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:  # the terminal sends Ctrl-C to the run too, which saves and ends
+                continue
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def is_finished(target: Path) -> bool:

@@ -114,6 +114,20 @@ def test_interrupt_saves_a_short_iteration_and_says_how_to_go_on(tmp_path, numbe
     assert launch.main([f"resume={tmp_path / 'run'}", f"frames={state['frames']}"]) == 0
 
 
+def test_a_bench_told_to_end_ends_its_run_too(tmp_path):
+    runs, common = 'bench.runs=[["env=Catch"]]', 'bench.common=["frames=100_000_000","frames_per_iteration=1_000_000","log_frames=320"]'
+    command = [sys.executable, "launch.py", "job=bench", f"runs_dir={tmp_path}", "bench.seeds=[0]", runs, common]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    rows, deadline = tmp_path / "bench-demo" / "env-Catch-seed-0" / "metrics.jsonl", time.monotonic() + 60
+    while not (rows.exists() and rows.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, out
+    assert "stopped at" in out  # by the run, which saved itself
+    assert (rows.parent / "checkpoint").is_dir()
+
+
 def test_killed_before_the_first_checkpoint_starts_anew(tmp_path, capsys):
     process = start(tmp_path, "run", "frames=960", "frames_per_iteration=960", "log_frames=64")
     wait_for(tmp_path / "run" / "config.yaml", process)
