@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 # One Atari game from nothing to a report in a few minutes on two cores.
-ARGS   ?= agent=episodic_control env=Pong experiment=demo
+ARGS   ?= agent=episodic_control env=Pong experiment=pong
 # faiss comes in two builds that exclude each other: the one for NVIDIA cards where a driver answers, else the one for processors.
 DEVICE := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 
