@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from typing import Literal
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from itertools import chain
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from envs.api import UserError
-from generative.api import Clip
+from generative.api import Clip, Recoding
 from generative.bounds import importance_weighted_in_chunks
 from generative.data import frame_weights
-from generative.likelihoods import bernoulli_log_prob, bits_per_dim, gaussian_log_prob, kl_gaussians, logistic_log_prob
+from generative.likelihoods import LEVELS, bernoulli_log_prob, bits_per_dim, gaussian_log_prob, kl_gaussians, logistic_log_prob
 from generative.nets import normalise, paper_decoder, paper_encoder, small_decoder, small_encoder, to_pixels
+from generative.online import OnlineRMSProp
 
 Architecture = Literal["small", "mfec"]
 Likelihood = Literal["fixed_gaussian", "gaussian", "bernoulli", "logistic"]
@@ -25,7 +28,8 @@ FIRST_LOG_STD = -1.0  # of q in the small architecture; at 0 the noise drowns th
 class VAE(nn.Module):
     """p(x, z) = N(z; 0, 1) p(x | z) over pixels x in [0, 1], with q(z | x) a diagonal Gaussian (Kingma and Welling 2014).
 
-    Trainable, Encoder and Sampler. A representation is q's means, then its log-stds: 2 * latents features (same appendix).
+    Trainable, Encoder and Sampler; a Density too, whose number is only a bound, for comparison. A representation is q's means, then its
+    log-stds: 2 * latents features (same appendix).
     No layer behaves differently in training, so the module's mode never matters.
 
     Args:
@@ -40,6 +44,9 @@ class VAE(nn.Module):
             floored at `std`.
         std: floor, or value, of a pixel's std on the scale of [0, 1] (the paper's floor is 0.05).
     """
+
+    exact = False
+    updates_per_frame = 1.0
 
     def __init__(
         self,
@@ -68,6 +75,7 @@ class VAE(nn.Module):
         self.decoder = decoder(latents, self.obs_shape, maps)
         if architecture == "small":
             nn.init.constant_(list(self.encoder.parameters())[-1][latents:], FIRST_LOG_STD)
+        self.online: OnlineRMSProp | None = None  # once frames are absorbed
         self.to(device)
 
     @property
@@ -76,7 +84,7 @@ class VAE(nn.Module):
 
     def players(self) -> dict[str, Iterable[nn.Parameter]]:
         """One player, `vae`, with every parameter."""
-        return {"vae": self.parameters()}
+        return {"vae": self._weights()}
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """float (B, C, H, W) in [0, 1] -> mean and log-std of q(z | x), float32 (B, latents); the log-std lies within -8 and 8."""
@@ -96,11 +104,14 @@ class VAE(nn.Module):
             log_prob = log_prob_of(images, mean, log_std.clamp(min=math.log(self.std)))
         return log_prob.flatten(1).sum(1)
 
-    def distortion_and_rate(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 (B, C, H, W) -> (-log p(x | z) for one draw of z ~ q, KL(q(z | x) || p(z))), nats (B) each; their sum estimates -ELBO."""
+    def distortion_and_rate(self, frames: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """uint8 (B, C, H, W) -> (-log p(x | z) for one draw of z ~ q, KL(q(z | x) || p(z))), nats (B) each; their sum estimates -ELBO.
+
+        `noise` (B, latents) makes the draw; without it torch's default generator does.
+        """
         images = normalise(frames.to(self.device))
         mean, log_std = self.posterior(images)
-        latents = mean + torch.exp(log_std) * torch.randn_like(mean)
+        latents = mean + torch.exp(log_std) * (torch.randn_like(mean) if noise is None else noise)
         return -self.log_likelihood(images, self.decoder(latents)), kl_gaussians(mean, log_std).sum(1)
 
     def losses(self, clip: Clip) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
@@ -125,6 +136,33 @@ class VAE(nn.Module):
         """uint8 (B, C, H, W) -> one-draw estimate of the evidence lower bound, nats (B), the KL in closed form; for Gaussians a density."""
         distortion, rate = self.distortion_and_rate(frames)
         return -(distortion + rate)
+
+    @torch.no_grad()
+    def log_prob(self, frames: Tensor) -> Tensor:
+        """uint8 (B, C, H, W) -> one-draw estimate of a bound of the log-probability, float64 (B) nats; a density is taken for the mass of a
+        pixel's level by the midpoint rule."""
+        return self._mass_bound(frames, torch.randn(len(frames), self.latents, device=self.device)).double()
+
+    def absorb(self, frames: Tensor) -> Recoding:
+        """One gradient step a frame, in their order; the bound before and after it, float64 (B) nats, with the same draw of z's noise."""
+        if self.online is None:
+            self.online = OnlineRMSProp(self._weights(), "vae", self.dims)
+        draws = [torch.randn(1, self.latents, device=self.device) for _ in frames]
+        steps = [self.online.absorb(frame, partial(self._mass_bound, noise=noise)) for frame, noise in zip(frames.split(1), draws)]
+        return Recoding(*(torch.cat(parts) for parts in zip(*steps)))
+
+    def _mass_bound(self, frames: Tensor, noise: Tensor) -> Tensor:
+        distortion, rate = self.distortion_and_rate(frames, noise)
+        return -(distortion + rate) - (self.dims * math.log(LEVELS - 1) if "gaussian" in self.likelihood else 0.0)
+
+    def _weights(self) -> Iterator[nn.Parameter]:
+        return chain(self.encoder.parameters(), self.decoder.parameters())
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """The inverse of `state_dict`, the memory of online learning included where there is one."""
+        if self.online is None and any(name.startswith("online.") for name in state):
+            self.online = OnlineRMSProp(self._weights(), "vae", self.dims)
+        return super().load_state_dict(state, strict, assign)
 
     @torch.no_grad()
     def importance_weighted_bound(self, frames: Tensor, samples: int, chunk: int = 8) -> Tensor:

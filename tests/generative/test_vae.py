@@ -1,12 +1,13 @@
 """The VAE: shapes, the three numbers under their right names, the padding mask, bounds, gradients, learning on a toy."""
 
+import copy
 import math
 
 import pytest
 import torch
 from torch import nn
 
-from generative.api import Clip, Encoder, Model, Sampler, Trainable
+from generative.api import Clip, Density, Encoder, Model, Sampler, Trainable
 from generative.data import FrameMemory, image_clip
 from generative.fit import Fitter
 from generative.nets import normalise, paper_decoder, paper_encoder, to_pixels
@@ -222,3 +223,31 @@ def test_learns_a_moving_dot():
     assert last.update == 200
     assert model.elbo(frames).mean() > before + 100
     assert torch.equal(model.reconstruct(frames).flatten(1).argmax(1), frames.flatten(1).argmax(1))
+
+
+def test_as_a_density_it_gives_a_bound_and_learns_frame_after_frame():
+    torch.manual_seed(0)
+    model = VAE((1, 12, 12), 2, "cpu", latents=4, likelihood="logistic")
+    frames = torch.zeros(60, 1, 12, 12, dtype=torch.uint8)
+    frames[:, :, 3:6, 3:6] = 200
+    assert isinstance(model, Density)
+    assert not model.exact
+    recoding = model.absorb(frames)
+    assert recoding.before.dtype == torch.float64
+    assert float(recoding.before[-5:].mean()) > float(recoding.before[:5].mean()) + 50
+    gain = (recoding.after - recoding.before)[:10]
+    assert float(gain.mean()) > 5  # momentum may overshoot once in a while
+    assert (model.log_prob(frames) < 0).all()  # the mass of a picture
+
+
+def test_as_a_density_it_resumes_bit_for_bit():
+    frames = torch.randint(256, (20, 1, 12, 12), dtype=torch.uint8)
+    torch.manual_seed(0)
+    model, resumed = (VAE((1, 12, 12), 2, "cpu", latents=4) for _ in range(2))
+    model.absorb(frames[:10])
+    resumed.load_state_dict(copy.deepcopy(model.state_dict()))
+    results = []
+    for each in (model, resumed):
+        torch.manual_seed(1)
+        results.append(each.absorb(frames[10:]))
+    assert torch.equal(results[0].after, results[1].after)
