@@ -52,3 +52,33 @@ def returns(reward: Tensor, discount: Tensor, last: Tensor, next_value: Tensor, 
     cut[-1:] = True
     bootstrap = torch.where(cut, next_value.to(reward.dtype), 0)
     return linear_recurrence(reward + through * bootstrap, torch.where(cut, 0, through))
+
+
+def advantages(
+    reward: Tensor, discount: Tensor, last: Tensor, value: Tensor, next_value: Tensor, gamma: float, trace: float = 1.0
+) -> Tensor:
+    """Generalised advantage estimates (Schulman et al. 2016, arXiv 1506.02438, equation 16), cut and bootstrapped as `returns` is.
+
+        A_t = reward_t + gamma * discount_t * V_t+1 - value_t + gamma * discount_t * trace * (1 - last_t) * A_t+1
+
+    where V_t+1 is next_value_t if last_t (and in the final row), else value_t+1. With trace 1, A_t + value_t is the n-step return
+    `returns(...)` to the end of the rows; with trace 0, one step.
+
+    Args:
+        reward: float (T, ...), of step t.
+        discount: float (T, ...), the environment's discount of step t.
+        last: bool (T, ...), the trace is cut after step t.
+        value: float (T, ...), the estimate of the value of `obs` of step t.
+        next_value: float (T, ...), that of `next_obs` of step t; read only where `last` and in the final row.
+        gamma: the agent's discount for one step.
+        trace: lambda.
+
+    Returns:
+        float (T, ...) in the dtype of `value`.
+    """
+    through = gamma * discount.to(value.dtype)
+    cut = last.clone()
+    cut[-1:] = True
+    following = torch.where(cut, next_value.to(value.dtype), torch.cat([value[1:], value[-1:]]))
+    surprise = reward.to(value.dtype) + through * following - value
+    return linear_recurrence(surprise, torch.where(cut, 0, trace * through))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from agents.returns import linear_recurrence, returns
+from agents.returns import advantages, linear_recurrence, returns
 from agents.schedules import linear
 
 
@@ -89,3 +89,48 @@ def test_linear_schedule(frame, value):
 
 def test_linear_schedule_over_no_time_is_its_end():
     assert linear(0, 1.0, 0.1, 0) == 0.1
+
+
+def advantage(reward, discount, last, value, next_value, gamma, trace):
+    return advantages(column(*reward), column(*discount), flags(*last), column(*value), column(*next_value), gamma, trace).tolist()
+
+
+def test_advantages_with_trace_0_look_one_step_ahead():
+    found = advantage([1, 2, 4], [1, 1, 1], [0, 0, 0], [10, 20, 40], [7, 7, 80], gamma=0.5, trace=0.0)
+    assert found == [1 + 10 - 10, 2 + 20 - 20, 4 + 40 - 40]
+
+
+def test_advantages_decay_with_gamma_and_trace():
+    found = advantage([1, 2, 4], [1, 1, 0], [0, 0, 1], [0, 0, 0], [9, 9, 9], gamma=0.5, trace=0.5)
+    assert found == [1 + 0.25 * (2 + 0.25 * 4), 2 + 0.25 * 4, 4]
+
+
+def test_advantages_stop_at_a_lost_life_and_bootstrap_at_a_time_limit():
+    found = advantage([1, 2, 4, 8], [1, 0, 1, 1], [0, 0, 1, 0], [3, 5, 7, 9], [100, 100, 10, 20], gamma=1.0, trace=1.0)
+    assert found == [1 + 2 - 3, 2 - 5, 4 + 10 - 7, 8 + 20 - 9]
+
+
+def test_advantages_of_several_episodes_in_a_row():
+    found = advantage([1, 1, 1, 1, 1], [1, 0, 0, 1, 1], [0, 1, 1, 0, 0], [0, 0, 0, 0, 0], [9, 9, 9, 9, 5], gamma=1.0, trace=1.0)
+    assert found == [2, 1, 1, 7, 6]
+
+
+def test_advantages_with_trace_1_are_returns_less_values():
+    torch.manual_seed(1)
+    reward, value, next_value = torch.randn(3, 23, 4, dtype=torch.float64)
+    last, discount = torch.rand(23, 4) < 0.2, (torch.rand(23, 4) > 0.2).double()
+    found = advantages(reward, discount, last, value, next_value, 0.9)
+    torch.testing.assert_close(found + value, returns(reward, discount, last, next_value, 0.9), rtol=0, atol=1e-12)
+
+
+def test_advantages_equal_a_plain_loop():
+    torch.manual_seed(2)
+    reward, value, next_value = torch.randn(3, 19, 3, dtype=torch.float64)
+    last, discount = torch.rand(19, 3) < 0.2, (torch.rand(19, 3) > 0.2).double()
+    expected, ahead = torch.zeros_like(reward), torch.zeros(3, dtype=torch.float64)
+    for t in reversed(range(19)):
+        ends = last[t] if t < 18 else torch.ones(3, dtype=torch.bool)
+        following = torch.where(ends, next_value[t], value[min(t + 1, 18)])
+        ahead = reward[t] + 0.9 * discount[t] * following - value[t] + 0.9 * 0.8 * discount[t] * ~ends * ahead
+        expected[t] = ahead
+    torch.testing.assert_close(advantages(reward, discount, last, value, next_value, 0.9, 0.8), expected, rtol=0, atol=1e-12)
