@@ -312,8 +312,11 @@ class Emulator:
         self._moment = Moment(obs, 0.0, 1.0, True, obs, self._ale.lives(), self._screen)
         return self._moment
 
-    def step(self, action: int) -> Moment:
-        """Plays `frame_skip` frames, fewer where the game ends. ValueError on an illegal action, RuntimeError after an episode's end."""
+    def step(self, action: int, look: bool = True) -> Moment:
+        """Plays `frame_skip` frames, fewer where the game ends. ValueError on an illegal action, RuntimeError after an episode's end.
+
+        With look=False no pictures are made (the moment's are old ones), for who only reads `ram`.
+        """
         if not 0 <= action < self.spec.num_actions:
             raise ValueError(f"actions must lie in 0..{self.spec.num_actions - 1}, got {action}")
         before = self._moment
@@ -324,25 +327,27 @@ class Emulator:
         for left in range(self.protocol.frame_skip, 0, -1):
             reward += self._ale.act(self._actions[action])
             over = self._ale.game_over()
-            if over or left <= 2:
+            if look and (over or left <= 2):
                 screens.append(self._ale.getScreenRGB())
             if over:  # the lane looks at no frame from here on
                 break
+            if not look:
+                continue
             if left == 2:
                 older = self._seen()
             elif left == 1:
                 newer = self._seen()
-        self._pool = (np.maximum(newer, older), older)
-        self._screen = screens[-1]
         self._steps += 1
         last = over or self._steps * self.protocol.frame_skip >= self.protocol.max_episode_frames
-        lives, obs = self._ale.lives(), self._obs()
-        lost = self.protocol.life_loss and lives < before.lives
-        picture = np.maximum(screens[0], screens[-1])
-        self._moment = Moment(obs, float(reward), 0.0 if over or lost else 1.0, last, obs, lives, picture)
+        lives = self._ale.lives()
+        discount = 0.0 if over or (self.protocol.life_loss and lives < before.lives) else 1.0
+        if look:
+            self._pool, self._screen = (np.maximum(newer, older), older), screens[-1]
+        obs, picture = (self._obs(), np.maximum(screens[0], screens[-1])) if look else (before.obs, before.rgb)
+        self._moment = Moment(obs, float(reward), discount, last, obs, lives, picture)
         return self._moment
 
-    def replay(self, seed: int, actions: Iterable[int]) -> Iterator[Moment]:
+    def replay(self, seed: int, actions: Iterable[int], look: bool = True) -> Iterator[Moment]:
         """A lane of AtariEnv again, bit for bit: its first moment, then one for each action, through as many episodes as they last.
 
         `seed` is `lane_seed(seed of AtariEnv.reset, lane)`; `actions` are those sent to the lane since that reset. Protocol and obs must
@@ -350,7 +355,7 @@ class Emulator:
         """
         yield self.reset(seed)
         for action in actions:
-            moment = self.step(int(action))
+            moment = self.step(int(action), look)
             if moment.last:
                 opening = self.reset()
                 moment = moment._replace(obs=opening.obs, lives=opening.lives)

@@ -27,10 +27,21 @@ LAUNCH = Path(__file__).resolve().parent.parent / "launch.py"
 def run(cfg: DictConfig) -> int:
     """Runs what is not finished yet, then writes table.md, results.json and curves.png."""
     bench = plain(cfg)["bench"]
+    if bench.get("kind") == "salient_event":
+        from lab import salient_event
+
+        return salient_event.run(cfg)
     runs, seeds, common = bench.get("runs"), bench.get("seeds"), bench.get("common", [])
-    lists = all(isinstance(part, list) for part in (runs, seeds, common)) and all(isinstance(words, list) for words in runs or [0])
-    if not lists or not seeds or not re.fullmatch(r"[\w-]+", str(bench.get("name"))):
-        raise UserError("a bench needs a name, runs (a list of lists of key=value), seeds (a list), and may have words in common (a list)")
+    games = bench.get("games")
+    lists = all(isinstance(part, list) for part in (runs, seeds, common, games or [])) and all(
+        isinstance(words, list) for words in runs or [0]
+    )
+    if not lists or not seeds or not runs or not all(runs) or not re.fullmatch(r"[\w-]+", str(bench.get("name"))):
+        needs = "a bench needs a name, runs (a list of lists of key=value) and seeds (a list)"
+        raise UserError(f"{needs}, and may have words in common and games (lists)")
+    bench["bare_runs"] = runs
+    if games:
+        bench["runs"] = [[f"env={game}", *words] for game in games for words in runs]
     folder, failed = Path(str(cfg.runs_dir)) / f"bench-{bench['name']}", 0
     folders: dict[str, list[Path]] = {" ".join(map(str, words)): [] for words in bench["runs"]}
     for seed in bench["seeds"]:
@@ -52,6 +63,10 @@ def run(cfg: DictConfig) -> int:
     write_beside(folder / "table.md", table(results))
     draw(results, folder / "curves.png")
     print(table(results))
+    if bench.get("kind") == "exploration":
+        from lab import exploration
+
+        exploration.draw_figures(bench, results, finished, folder)
     print(f"results  {folder}")
     return 1 if failed else 0
 

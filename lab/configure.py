@@ -36,7 +36,7 @@ def compose(words: list[str], configs: Path = CONFIGS) -> DictConfig:
         if word.startswith(("+", "hydra")):
             raise UserError(f"{word}: there is no such key to set (python launch.py --help lists the keys)")
     typed = dict(word.split("=", 1) for word in words)
-    for group in ("job", "agent", "env", "model", "protocol", "bench", *MODEL_JOBS):
+    for group in ("job", "agent", "env", "model", "protocol", "bench", "bonus", *MODEL_JOBS):
         if (group in typed and not re.fullmatch(r"[A-Za-z]\w*", typed[group])) or typed.get(group) == "null":
             raise UserError(f"{group}={typed[group]} is no name; python launch.py --help lists the options")
     words = [_quoted(key, value) for key, value in typed.items()]
@@ -127,8 +127,9 @@ def check_numbers(cfg: DictConfig) -> None:
     for key in ("runs_dir", "data", "run"):
         if key in cfg and (not isinstance(cfg[key], str) or not cfg[key].strip()):
             raise UserError(f"{key}= must name a folder, got {cfg[key]!r}")
-    if not isinstance(cfg.tensorboard, bool):
-        raise UserError(f"tensorboard must be true or false, got {cfg.tensorboard}")
+    for key in ("tensorboard", "record_actions"):
+        if not isinstance(cfg[key], bool):
+            raise UserError(f"{key} must be true or false, got {cfg[key]}")
     if not isinstance(cfg.seed, int) or isinstance(cfg.seed, bool) or not 0 <= cfg.seed <= MOST:
         raise UserError(f"seed must be a whole number from 0, got {cfg.seed}")
     if cfg.checkpoint_frames and cfg.checkpoint_frames % cfg.frames_per_iteration:
@@ -170,7 +171,7 @@ def _one_line(trouble: Exception, configs: Path) -> str:
     unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
     if unknown:
         key = unknown.group(1)
-        if key in (*MODEL_JOBS, "protocol", "model", "agent", "env", "bench"):
+        if key in (*MODEL_JOBS, "bonus", "protocol", "model", "agent", "env", "bench"):
             return f"there is nothing to choose with {key}= here: this job, agent or environment takes none"
         return f"there is no key {key} here; {_near_keys(key, configs)}python launch.py --help lists the keys"
     return text
@@ -192,14 +193,8 @@ def build(node: Any, what: str, **given: Any) -> Any:
         node: a mapping with `_target_`.
         what: its name in messages, such as "agent".
     """
-    knobs = {str(key): value for key, value in node.items()}
-    module, _, name = str(knobs.pop("_target_", "")).rpartition(".")
-    if not module:
-        raise UserError(f"{what} has no _target_ (a file under configs/{what}/ names its class there)")
-    try:
-        target = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as trouble:
-        raise UserError(f"{what}: {module}.{name} is not to be found ({trouble})") from trouble
+    knobs = {str(key): value for key, value in node.items() if key != "_target_"}
+    target = _target(node, what)
     parameters = inspect.signature(target).parameters
     for key, value in knobs.items():
         if key not in parameters or key in given:
@@ -211,6 +206,21 @@ def build(node: Any, what: str, **given: Any) -> Any:
         if isinstance(trouble, MemoryError) or "memory" in str(trouble):
             raise UserError(f"{what} does not fit into memory: {' '.join(str(trouble).split())[:200]}") from trouble
         raise
+
+
+def constructor_keys(node: Any, what: str) -> tuple[str, ...]:
+    """The keywords that the class of a configuration node takes."""
+    return tuple(inspect.signature(_target(node, what)).parameters)
+
+
+def _target(node: Any, what: str) -> Any:
+    module, _, name = str(node.get("_target_", "")).rpartition(".")
+    if not module:
+        raise UserError(f"{what} has no _target_ (a file under configs/{what}/ names its class there)")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as trouble:
+        raise UserError(f"{what}: {module}.{name} is not to be found ({trouble})") from trouble
 
 
 def _check_type(key: str, value: Any, annotation: str) -> None:
@@ -260,7 +270,8 @@ def explain(configs: Path = CONFIGS) -> str:
         f"job         {options('job')}",
         f"agent       {options('agent')}",
         f"env         {options('env')}, and {len(GAMES)} Atari games: {', '.join(GAMES)}",
-        f"encoder     {options('model')} (where the agent takes one)",
+        f"encoder     {options('model')} (models; where the agent takes an encoder)",
+        f"density     the same, where the agent takes one; bonus {options('bonus')}",
         f"protocol    {', '.join(PROTOCOLS)} (of Atari)",
         f"experiment  {options('experiment') or 'none yet'}",
         f"bench       {options('bench')}",

@@ -79,7 +79,12 @@ def headline(run: Run) -> str:
         title = f"{escape(run.agent or 'model')} <span>fitted</span>"
     else:
         title = f"{escape(run.agent or 'agent')} <span>plays</span> {escape(run.env or 'an unknown world')}"
-    facts = [("protocol", run.protocol), ("seed", run.seed), ("encoder", _choice(run, "encoder")), ("density", _choice(run, "density"))]
+    bonus = run.config.get("bonus")
+    density = _choice(run, "density") if bonus else ""
+    if density and isinstance(bonus, Mapping) and bonus.get("allow_bound") is True:
+        density += " (bounds allowed: where it gives only a bound, counts are those of the bound)"
+    facts = [("protocol", run.protocol), ("seed", run.seed), ("encoder", _choice(run, "encoder")), ("density", density)]
+    facts.append(("bonus", _choice(run, "bonus") if bonus else ""))
     lead = "".join(f"<span>{name} <b>{escape(value)}</b></span>" for name, value in facts if value)
     return f'<header><h1>{title}</h1><p class="lead">{lead}<span>{escape(run.folder.resolve().name)}</span></p></header>'
 

@@ -14,9 +14,10 @@ import psutil
 import torch
 
 from agents.api import Agent
+from agents.bonus import Bonus, density_shape
 from envs.api import Spec, UserError, VectorEnv
 from generative.api import Density, Encoder, Planner, Simulator
-from lab.configure import MODEL_JOBS, build
+from lab.configure import MODEL_JOBS, build, constructor_keys
 
 PROTOCOL_OF = {"encoder": Encoder, "density": Density, "simulator": Simulator, "planner": Planner}
 
@@ -79,16 +80,34 @@ def make_protocol(cfg: Mapping[str, Any], for_evaluation: bool = False) -> Any:
 
 
 def make_model(cfg: Mapping[str, Any], job: str, spec: Spec, device: torch.device) -> Any:
-    """The model that does `job`. UserError, by name, where the model cannot do it."""
-    model = build(cfg[job], job, obs_shape=spec.obs_shape, num_actions=spec.num_actions, device=device)
+    """The model that does `job`; densities see small grey frames. UserError, by name, where the model cannot do it."""
+    obs_shape = density_shape(spec.obs_shape) if job == "density" else spec.obs_shape
+    model = build(cfg[job], job, obs_shape=obs_shape, num_actions=spec.num_actions, device=device)
     if not isinstance(model, PROTOCOL_OF[job]):
         raise UserError(f"{job}={cfg.get('choices', {}).get(job, '?')}: a {type(model).__name__} is no {job}")
     return model
 
 
+def make_bonus(cfg: Mapping[str, Any], spec: Spec, device: torch.device) -> Bonus | None:
+    """The bonus of a configuration, with the density that it counts by; None where there is none, or no density for one that needs it."""
+    node = cfg.get("bonus")
+    if not node:
+        return None
+    given: dict[str, Any] = {"obs_shape": spec.obs_shape, "device": device}
+    if "density" in constructor_keys(node, "bonus"):
+        if not cfg.get("density"):
+            return None
+        given["density"] = make_model(cfg, "density", spec, device)
+    bonus: Bonus = build(node, "bonus", **given)
+    return bonus
+
+
 def make_agent(cfg: Mapping[str, Any], spec: Spec, device: torch.device) -> tuple[Agent, dict[str, Any]]:
-    """The agent of a configuration, and the models that do its jobs, by job."""
-    jobs = {job: make_model(cfg, job, spec, device) for job in MODEL_JOBS if cfg.get(job)}
+    """The agent of a configuration, and what does its jobs, by job. A density works for the bonus, and only where there is one."""
+    jobs = {job: make_model(cfg, job, spec, device) for job in MODEL_JOBS if cfg.get(job) and job != "density"}
+    bonus = make_bonus(cfg, spec, device)
+    if bonus is not None:
+        jobs["bonus"] = bonus
     return build(cfg["agent"], "agent", spec=spec, device=device, **jobs), jobs
 
 

@@ -18,6 +18,7 @@ from agents.loop import play, ticks_for
 from envs.api import VectorEnv
 from generative.data import FrameData
 from lab import checkpoint, fit
+from lab.actions import ActionLog
 from lab.configure import plain
 from lab.dashboard import Dashboard
 from lab.evaluate import evaluate_agent, mean_return
@@ -188,15 +189,20 @@ class Training:
         """One iteration. Ctrl-C ends it early; what it learned is saved all the same."""
         self.iteration += 1
         seed_everything(self._seed("train"))
+        actions = ActionLog() if self.settings.get("record_actions") else None
         window = Window(self.env.num_envs, self.env.spec.frames_per_step, self.device)
         before, logged, every = self.frames, self.frames, self.settings["log_frames"]
         ticks = play(self.env, self.agent, self.settings["frames_per_iteration"], self._seed("env"))
         for tick in ticks:
             window.add(tick)
+            if actions is not None:
+                actions.add(tick.decision.action)
             if self._interrupts:
                 with suppress(StopIteration):
                     tick = ticks.send(True)
                     window.add(tick)
+                    if actions is not None:
+                        actions.add(tick.decision.action)
             self.frames = before + tick.played
             self._show()
             if self.frames - logged >= every:
@@ -208,6 +214,8 @@ class Training:
         if idle and not self._warned and not self._interrupts:
             self._warned = True
             self._say(f"{idle} of {self.env.num_envs} lanes finished no episode in this iteration; raise frames_per_iteration")
+        if actions is not None:
+            actions.write(self.folder, self.iteration)
         self._evaluated = False
         if not self._interrupts:
             self._evaluate()

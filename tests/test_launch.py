@@ -197,7 +197,26 @@ def test_every_agent_runs_64_frames(agent, tmp_path):
     assert launch.main(small_frames([f"agent={agent}", "env=Catch", f"runs_dir={tmp_path}"])) == 0
 
 
-@pytest.mark.parametrize("model", sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml")))
+DENSITIES = ["cts", "hash_counts", "nade", "pixelcnn", "pixelcnn_large"]
+MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
+LEARN_SOON = ["agent.capacity=500", "agent.learning_starts_frames=16", "agent.update_frames=8"]
+
+
+@pytest.mark.parametrize("agent", ["a3c_plus", "dqn"])
+@pytest.mark.parametrize("density", DENSITIES)
+def test_every_density_counts_for_64_frames(agent, density, tmp_path):
+    words = [f"agent={agent}", f"density={density}", "env=Catch", f"runs_dir={tmp_path}", *(LEARN_SOON if agent == "dqn" else [])]
+    if density == "pixelcnn_large":
+        words += ["density.planes=4", "density.blocks=1"]
+    assert launch.main(small_frames(words)) == 0
+
+
+@pytest.mark.parametrize("bonus", sorted(path.stem for path in (CONFIGS / "bonus").glob("*.yaml")))
+def test_every_bonus_pays_for_64_frames(bonus, tmp_path):
+    assert launch.main(small_frames(["agent=a3c_plus", f"bonus={bonus}", "env=Catch", f"runs_dir={tmp_path}"])) == 0
+
+
+@pytest.mark.parametrize("model", [model for model in MODELS if model not in DENSITIES])
 def test_every_model_encodes_for_64_frames_and_2_updates(model, tmp_path):
     env = "Pong" if model.endswith("mfec") else "Catch"
     words = [f"encoder={model}", f"env={env}", f"runs_dir={tmp_path}", *FIT]
@@ -215,8 +234,16 @@ def test_every_experiment_composes(experiment):
 @pytest.mark.parametrize("bench", sorted(path.stem for path in (CONFIGS / "bench").glob("*.yaml")))
 def test_every_line_of_every_bench_composes(bench):
     cfg = compose(["job=bench", f"bench={bench}"]).bench
-    for words in cfg.runs:
+    for words in cfg.get("runs", []):
         compose([str(word) for word in (*cfg.common, *words)])
+
+
+def test_salient_event_bench_makes_its_picture(tmp_path, capsys):
+    words = ["job=bench", "bench=salient_event", "bench.phase_steps=40", "bench.probe_steps=40", "bench.density=hash_counts"]
+    assert launch.main([*words, f"runs_dir={tmp_path}"]) == 0
+    result = json.loads((tmp_path / "bench-salient_event" / "results.json").read_text())
+    assert [row["walking"] for row in result["probes"]] == [False, True, False, True]
+    assert (tmp_path / "bench-salient_event" / "event.png").stat().st_size > 5_000
 
 
 def test_bench_makes_a_table_and_a_picture_and_goes_on_where_it_was(tmp_path, capsys):
