@@ -24,6 +24,28 @@ def test_stopped_and_resumed_equals_never_stopped(tmp_path, encoder):
     assert_same_run(whole, half)
 
 
+DQN = ["agent=dqn", "agent.capacity=400", "agent.learning_starts_frames=64", "agent.update_frames=16", "agent.target_frames=128"]
+LEARNERS = {
+    "a3c": ["agent=a3c"],
+    "a3c-lstm": ["agent=a3c", "agent.recurrent=lstm", "agent.learning_rate_frames=3200"],
+    "a3c_plus-cts": ["agent=a3c_plus"],
+    "a3c_plus-rnd": ["agent=a3c_plus", "bonus=rnd"],
+    "dqn": DQN,
+    "dqn-pixelcnn-eta": [*DQN, "density=pixelcnn", "agent.eta=0.1", "agent.n_steps=3"],
+    "dqn-hash_counts": [*DQN, "density=hash_counts", "bonus=inverse", "agent.dueling=true"],
+    "dqn-nade": [*DQN, "density=nade"],
+    "dqn-vae": [*DQN, "density=vae", "bonus.allow_bound=true"],
+}
+
+
+@pytest.mark.parametrize("words", LEARNERS.values(), ids=LEARNERS)
+def test_learners_resume_bit_for_bit(tmp_path, words):
+    whole = run(tmp_path, "whole", "frames=960", *words)
+    half = run(tmp_path, "half", "frames=640", *words)
+    assert launch.main([f"resume={half}", "frames=960"]) == 0
+    assert_same_run(whole, half)
+
+
 def test_atari_resumes_bit_for_bit(tmp_path):
     words = ["env=Breakout", "num_envs=2", "env.num_threads=1", "frames_per_iteration=8000", "evaluation.num_envs=1", "agent.k=3"]
     whole = run(tmp_path, "whole", "frames=16000", *words)
