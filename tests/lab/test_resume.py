@@ -180,6 +180,7 @@ def test_killed_at_random_moments_every_run_resumes(tmp_path):
         process.communicate()
         command = [sys.executable, "launch.py", f"resume={folder}"]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(folder / "checkpoint", process)  # on a slow machine every life so far may have been too short for one
     process.kill()
     process.communicate()
     assert in_writing >= 5
