@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from agents.loop import play
 from agents.random import RandomAgent
 from envs.api import UserError, VectorEnv
-from generative.api import Sampler, Trainable
+from generative.api import Encoder, Sampler, Trainable
 from generative.data import FrameData, FrameWriter
 from generative.fit import Fitter
 from lab import checkpoint
@@ -120,5 +120,7 @@ def run(cfg: DictConfig) -> int:
     dashboard.close()
     write_report(folder)
     shown = ", ".join(f"{key.removeprefix('fit/')} {value:,.2f}" for key, value in row.items() if key != "fit/update")
-    print(f"fitted   {name}: {shown}\nreport   {folder / 'report.html'}\nreuse    encoder={name} fit.path={folder}")
+    print(f"fitted   {name}: {shown}\nreport   {folder / 'report.html'}")
+    if isinstance(model, Encoder):
+        print(f"reuse    encoder={name} fit.path={folder}")
     return 0
