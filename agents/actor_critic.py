@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from agents.api import Decision, Metrics
 from agents.bonus import Bonus
-from agents.nets import Recurrent, head, torso
+from agents.half import fastest_torso
+from agents.nets import Recurrent, head
 from agents.optimise import FlatOptimiser, Kind, working_dtype
 from agents.returns import advantages
 from agents.rollout import Batch, Carry, Rollout, Successor
@@ -36,9 +37,9 @@ class Latest(NamedTuple):
 class PolicyAndValue(nn.Module):
     """Torso, an optional recurrent core, and two heads: logits and value."""
 
-    def __init__(self, spec: Spec, stack_frames: int, recurrent: str) -> None:
+    def __init__(self, spec: Spec, stack_frames: int, recurrent: str, precision: str, device: torch.device) -> None:
         super().__init__()
-        self.torso = torso(spec.obs_shape, stack_frames)
+        self.torso = fastest_torso(spec.obs_shape, stack_frames, precision, device)
         features = self.torso.features
         self.core = Recurrent(recurrent, features) if recurrent != "none" else None
         if self.core is not None:
@@ -91,7 +92,7 @@ class ActorCritic:
         optimiser: see FlatOptimiser, and the four knobs that follow.
         learning_rate_frames: environment frames within which the learning rate falls to 0 in a straight line, or None for a constant one.
         max_gradient_norm: longer gradients are scaled down to it, or None.
-        precision: auto, float32 or bfloat16.
+        precision: auto, float32, bfloat16, or float16 (see `agents.half.fastest_torso`).
     """
 
     def __init__(
@@ -131,8 +132,8 @@ class ActorCritic:
                 raise UserError(f"agent.{name} must be above 0, or null for none, got {bound}")
         if recurrent not in ("none", "lstm", "gru"):
             raise UserError(f"agent.recurrent is one of none, lstm, gru, got {recurrent}")
-        self.network = PolicyAndValue(spec, stack_frames, recurrent).to(device)
         dtype = working_dtype(precision, device)
+        self.network = PolicyAndValue(spec, stack_frames, recurrent, precision, device).to(device)
         kind = cast(Kind, optimiser)
         self.optimiser = FlatOptimiser(self.network, kind, learning_rate, decay, momentum, optimiser_epsilon, dtype, player="agent=a3c")
         self.bonus, self.frames = bonus, 0
@@ -227,6 +228,7 @@ class ActorCritic:
     def _update(self, batch: Batch, learning_rate: float) -> dict[str, Tensor | float]:
         loss, parts = self.loss(batch)
         norm = self.optimiser.minimise(loss, learning_rate, self._max_norm)
+        self.network.torso.refresh()
         self._latest = None
         return {**parts, "train/gradient_norm": norm, "train/learning_rate": learning_rate, "train/updates": float(self.optimiser.updates)}
 
@@ -246,4 +248,5 @@ class ActorCritic:
         self.frames = state["frames"]
         self._rollout = Rollout(self._rollout.length)
         self._fresh = []
+        self.network.torso.refresh()
         self._latest = None

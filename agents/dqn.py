@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from agents.api import Decision, Metrics
 from agents.bonus import Bonus
-from agents.nets import head, torso
+from agents.half import fastest_torso
+from agents.nets import head
 from agents.optimise import FlatOptimiser, Kind, working_dtype
 from agents.replay import Batch, Replay
 from agents.schedules import linear
@@ -27,9 +28,9 @@ class QNetwork(nn.Module):
     torso's hidden layer, the paper's before it.
     """
 
-    def __init__(self, spec: Spec, stack_frames: int, dueling: bool) -> None:
+    def __init__(self, spec: Spec, stack_frames: int, dueling: bool, precision: str, device: torch.device) -> None:
         super().__init__()
-        self.torso = torso(spec.obs_shape, stack_frames)
+        self.torso = fastest_torso(spec.obs_shape, stack_frames, precision, device)
         self.advantage = head(self.torso.features, spec.num_actions)
         self.value = head(self.torso.features, 1) if dueling else None
 
@@ -100,7 +101,7 @@ class DQN:
         error_clip: where the loss turns from square to straight (Huber), or None for square.
         optimiser: see FlatOptimiser, and the four knobs that follow.
         max_gradient_norm: longer gradients are scaled down to it, or None.
-        precision: auto, float32 or bfloat16.
+        precision: auto, float32, bfloat16, or float16 (see `agents.half.fastest_torso`).
     """
 
     def __init__(
@@ -151,8 +152,8 @@ class DQN:
             if bound is not None and not 0 < bound < math.inf:
                 raise UserError(f"agent.{name} must be above 0, or null for none, got {bound}")
         self.replay = Replay(capacity, spec.obs_shape, spec.num_actions, stack_frames, n_steps, gamma, eta > 0, device)
-        self.online = QNetwork(spec, stack_frames, dueling).to(device)
         dtype = working_dtype(precision, device)
+        self.online = QNetwork(spec, stack_frames, dueling, precision, device).to(device)
         self.target = copy.deepcopy(self.online).to(dtype).requires_grad_(False)
         self.optimiser = FlatOptimiser(
             self.online, cast(Kind, optimiser), learning_rate, decay, momentum, optimiser_epsilon, dtype, player="agent=dqn"
@@ -210,6 +211,7 @@ class DQN:
         """Copies the network to the target network."""
         for mine, theirs in zip(self.target.parameters(), self.online.parameters()):
             mine.copy_(theirs.detach())
+        self.target.torso.refresh()
 
     def _remember(self) -> bool:
         """Writes to the replay what was observed since the last time, bonuses included. False where that was nothing."""
@@ -235,6 +237,7 @@ class DQN:
         q = self.online(batch.frames).gather(1, batch.action.unsqueeze(1)).squeeze(1)
         loss = self.loss(q, target)
         norm = self.optimiser.minimise(loss, max_norm=self._max_norm)
+        self.online.torso.refresh()
         return {"train/loss": loss.detach(), "train/q_mean": q.detach().mean(), "train/gradient_norm": norm}
 
     def loss(self, q: Tensor, target: Tensor) -> Tensor:
@@ -251,13 +254,15 @@ class DQN:
     def state_dict(self) -> dict[str, Any]:
         self._remember()
         state = {"frames": self.frames, "due": self._due, "online": self.optimiser.state_dict(), "replay": self.replay.state_dict()}
-        state["target"] = {name: parameter.detach() for name, parameter in self.target.named_parameters()}
+        state["target"] = {str(place): parameter.detach() for place, parameter in enumerate(self.target.parameters())}
         return state | ({"bonus": self.bonus.state_dict()} if self.bonus is not None else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.optimiser.load_state_dict(state["online"])
-        for name, parameter in self.target.named_parameters():
-            parameter.copy_(state["target"][name])
+        for place, parameter in enumerate(self.target.parameters()):
+            parameter.copy_(state["target"][str(place)])
+        for network in (self.online, self.target):
+            network.torso.refresh()
         self.replay.load_state_dict(state["replay"])
         if self.bonus is not None:
             self.bonus.load_state_dict(state["bonus"])

@@ -72,6 +72,9 @@ class Torso(nn.Module):
     def forward(self, frames: Tensor) -> Tensor:
         return self.recall(self.look(frames))
 
+    def refresh(self) -> None:
+        """To be called when the parameters have changed; here nothing hangs on it."""
+
     @torch.no_grad()
     def look(self, frames: Tensor) -> Seen:
         """All that the torso makes of uint8 (B, K, C, H, W), without a gradient; maps lie channels last in memory."""

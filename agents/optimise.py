@@ -17,21 +17,22 @@ from generative.fit import NonFiniteLoss, Precision, choose_precision
 
 Kind = Literal["rmsprop", "rmsprop_centred", "adam"]
 KINDS = ("rmsprop", "rmsprop_centred", "adam")
-PRECISIONS = ("auto", "float32", "bfloat16")
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 CHECK_UPDATES_DEVICE = 50
 LARGEST_THRESHOLD_BYTES = 31 * 2**20
 LARGEST_TASK = 2**18  # numbers that one thread updates at a stretch
 
 
 def working_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype that a network computes in; its parameters are kept in float32 all the same (`FlatOptimiser`).
+    """The dtype of a network's own parameters; their masters are kept in float32 all the same (`FlatOptimiser`).
 
     `auto` as in `generative.fit.choose_precision`: bfloat16 on GPUs that have it and on processors with AMX tiles, else float32. With
-    AVX-512 alone, bfloat16 took 1.8 times as long for the network of Mnih et al. 2015. UserError where the precision has another name.
+    AVX-512 alone, bfloat16 took 1.8 times as long for the network of Mnih et al. 2015. `float16` is a matter of the torso
+    (`agents.half`), whose parameters are float32. UserError where the precision has another name.
     """
     if precision not in PRECISIONS:
         raise UserError(f"agent.precision is one of {', '.join(PRECISIONS)}, got {precision}")
-    return choose_precision(cast(Precision, precision), device)
+    return torch.float32 if precision == "float16" else choose_precision(cast(Precision, precision), device)
 
 
 def keep_freed_memory() -> None:

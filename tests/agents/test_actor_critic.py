@@ -169,31 +169,63 @@ def test_memory_is_told_with_the_bonus():
     assert learner.required_bytes(10**6) == 1000 + 16 * learner.optimiser.master.numel()
 
 
-@pytest.mark.parametrize("recurrent", RECURRENT)
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(recurrent, precision):
-    def run(learner, iterations):
-        for iteration in iterations:
-            torch.manual_seed(iteration)
-            for _ in play(Catch(3, CPU), learner, frames=3 * 17, seed=iteration):
-                pass
+def train(env, learner, iterations) -> None:
+    for iteration in iterations:
+        torch.manual_seed(iteration)
+        for _ in play(env, learner, frames=3 * 17, seed=iteration):
+            pass
 
-    spec = Catch(3, CPU).spec
-    knobs = {"recurrent": recurrent, "precision": precision, "learning_rate_frames": 1000}
-    whole, half, resumed = (agent(spec, bonus=Count(), **knobs) for _ in range(3))
-    half.load_state_dict(copy.deepcopy(whole.state_dict()))
-    run(whole, range(4))
-    run(half, range(2))
-    resumed.load_state_dict(copy.deepcopy(half.state_dict()))
-    run(resumed, range(2, 4))
-    one, other = whole.state_dict(), resumed.state_dict()
-    assert one["frames"] == other["frames"]
-    assert one["bonus"] == other["bonus"]
-    assert one["optimiser"]["updates"] == other["optimiser"]["updates"]
+
+def assert_same_state(one: ActorCritic, other: ActorCritic) -> None:
+    mine, theirs = one.state_dict(), other.state_dict()
+    assert mine["frames"] == theirs["frames"]
+    assert mine["bonus"] == theirs["bonus"]
+    assert mine["optimiser"]["updates"] == theirs["optimiser"]["updates"]
     for name in ("master", "square", "mean"):
-        assert torch.equal(one["optimiser"][name], other["optimiser"][name])
-    for mine, theirs in zip(whole.network.parameters(), resumed.network.parameters()):
-        assert torch.equal(mine, theirs)
+        assert torch.equal(mine["optimiser"][name], theirs["optimiser"][name])
+    for left, right in zip(one.network.parameters(), other.network.parameters()):
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize(
+    ("precision", "recurrent", "pixels_per_cell"),
+    [*((precision, recurrent, 1) for precision in ("float32", "bfloat16") for recurrent in RECURRENT), ("float16", "none", 12)],
+)
+def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(precision, recurrent, pixels_per_cell):
+    env = Catch(3, CPU, pixels_per_cell=pixels_per_cell)
+    knobs = {"recurrent": recurrent, "precision": precision, "learning_rate_frames": 1000}
+    whole, half, resumed = (agent(env.spec, bonus=Count(), **knobs) for _ in range(3))
+    half.load_state_dict(copy.deepcopy(whole.state_dict()))
+    train(env, whole, range(4))
+    train(env, half, range(2))
+    train(env, resumed, range(1))  # what it has learned by itself is forgotten
+    resumed.load_state_dict(copy.deepcopy(half.state_dict()))
+    train(env, resumed, range(2, 4))
+    assert_same_state(whole, resumed)
+
+
+def test_half_precision_follows_its_parameters():
+    """After an update and after loading, what it sees is what float32 sees with the same parameters, within rounding."""
+    env = Catch(3, CPU, pixels_per_cell=12)
+    half, full = agent(env.spec, precision="float16", learning_rate=3e-3), agent(env.spec)
+    step = env.reset(3)
+    for trained in (False, True):
+        if trained:
+            train(env, half, range(1))
+        full.load_state_dict({**copy.deepcopy(half.state_dict())})
+        seen = [learner.network.torso.look(step.obs.unsqueeze(1).repeat(1, 2, 1, 1, 1))["features"].float() for learner in (half, full)]
+        assert float((seen[0] - seen[1]).norm() / seen[1].norm()) < 0.01
+    before = seen[1]
+    half.load_state_dict(copy.deepcopy(agent(env.spec).state_dict()))
+    full.load_state_dict(copy.deepcopy(half.state_dict()))
+    seen = [learner.network.torso.look(step.obs.unsqueeze(1).repeat(1, 2, 1, 1, 1))["features"].float() for learner in (half, full)]
+    assert float((seen[0] - seen[1]).norm() / seen[1].norm()) < 0.01
+    assert float((seen[1] - before).norm() / before.norm()) > 0.1
+
+
+def test_half_precision_is_refused_where_there_are_no_kernels():
+    with pytest.raises(UserError, match="float16"):
+        agent(precision="float16")
 
 
 def test_a_loss_that_is_not_finite_is_refused_and_the_last_good_state_stays():

@@ -8,7 +8,7 @@ import torch
 from lanes import DISCOUNTS, ENDS, Count, agent, live, steps_of, warm
 
 from agents.actor_critic import ActorCritic
-from envs.api import first_step
+from envs.api import Spec, first_step
 
 RECURRENT = ["none", "lstm", "gru"]
 
@@ -176,3 +176,19 @@ def test_a_lost_life_does_not_leak():
         gradients.append(torch.autograd.grad(loss, logits[-1])[0])
     assert torch.equal(gradients[0][0], gradients[1][0])
     assert not torch.equal(gradients[0][1], gradients[1][1])
+
+
+def test_gradient_in_half_precision_is_that_of_float32_within_rounding():
+    spec, gradients = Spec("large", 3, ("left", "stay", "right"), (1, 84, 84), 2), []
+    steps, actions = steps_of(3, ENDS, DISCOUNTS, spec), None
+    full = agent(spec)
+    warm(full)
+    half = agent(spec, precision="float16")
+    half.load_state_dict(full.state_dict())
+    for learner in (full, half):
+        decisions = live(learner, steps)
+        actions = [decision.action for decision in decisions] if actions is None else actions
+        batch = learner._rollout.take()._replace(action=torch.stack(actions))
+        parts = torch.autograd.grad(learner.loss(batch)[0], list(learner.network.parameters()))
+        gradients.append(torch.cat([part.flatten() for part in parts]))
+    assert float((gradients[1] - gradients[0]).norm() / gradients[0].norm()) < 0.05

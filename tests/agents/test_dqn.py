@@ -21,6 +21,7 @@ QUICK = {
     "target_frames": 400,
     "precision": "float32",
 }
+HALF = {"precision": "float16", "stack_frames": 2}  # of large frames
 ADAM = {"optimiser": "adam", "learning_rate": 1e-3, "optimiser_epsilon": 1e-5, "epsilon_end": 0.05, "epsilon_frames": 2000}
 
 
@@ -107,7 +108,7 @@ def test_loss_is_square_within_the_clip_and_straight_beyond():
 
 def test_dueling_streams_have_advantages_of_mean_zero():
     torch.manual_seed(1)
-    network = QNetwork(SPEC, 2, dueling=True)
+    network = QNetwork(SPEC, 2, dueling=True, precision="float32", device=CPU)
     frames = torch.randint(0, 256, (5, 2, *SPEC.obs_shape), dtype=torch.uint8)
     q, value = network(frames), network.value(network.torso(frames))
     assert q.shape == (5, 3)
@@ -285,11 +286,12 @@ def test_gradients_longer_than_the_norm_are_scaled_down():
     assert float((learner.optimiser.master - before).norm()) == pytest.approx(1e-3, rel=0.01)
 
 
-def test_target_network_stays_until_it_is_copied():
+@pytest.mark.parametrize("half", [{}, HALF])
+def test_target_network_stays_until_it_is_copied(half):
     torch.manual_seed(3)
-    env = Catch(4, CPU)
-    learner = DQN(env.spec, CPU, **QUICK | {"target_frames": 10_000, "learning_starts_frames": 40})
-    frames = torch.randint(0, 256, (3, 1, *env.spec.obs_shape), dtype=torch.uint8)
+    env = Catch(4, CPU, pixels_per_cell=12 if half else 1)
+    learner = DQN(env.spec, CPU, **QUICK | {"target_frames": 10_000, "learning_starts_frames": 40} | half)
+    frames = torch.randint(0, 256, (3, learner.replay.stack_frames, *env.spec.obs_shape), dtype=torch.uint8)
     before = learner.target(frames)
     for _ in play(env, learner, frames=200, seed=1):
         pass
@@ -344,14 +346,16 @@ def assert_equal(left, right, path=""):
         assert left == right, path
 
 
-@pytest.mark.parametrize("knobs", [{}, {"eta": 0.2, "n_steps": 3, "dueling": True, "capacity": 400}])
+@pytest.mark.parametrize("knobs", [{}, {"eta": 0.2, "n_steps": 3, "dueling": True, "capacity": 400}, HALF])
 def test_stopped_and_resumed_equals_never_stopped(knobs):
     def iterate(learner: DQN, iteration: int) -> None:
         torch.manual_seed(100 + iteration)
-        for _ in play(Catch(4, CPU), learner, frames=240, seed=iteration):
+        for _ in play(Catch(4, CPU, pixels_per_cell=size), learner, frames=240, seed=iteration):
             pass
 
-    spec, knobs = Catch(1, CPU).spec, QUICK | {"learning_starts_frames": 80, "target_frames": 100, "stack_frames": 3} | knobs
+    size = 12 if "precision" in knobs else 1
+    spec = Catch(1, CPU, pixels_per_cell=size).spec
+    knobs = QUICK | {"learning_starts_frames": 80, "target_frames": 100, "stack_frames": 3} | knobs
     whole, first, second = (DQN(spec, CPU, **knobs) for _ in range(3))
     second.load_state_dict(copy.deepcopy(whole.state_dict()))
     first.load_state_dict(copy.deepcopy(whole.state_dict()))
