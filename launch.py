@@ -9,6 +9,9 @@ import sys
 from types import FrameType
 
 INTERRUPTED = 130
+# Threads of OpenMP that have nothing to do sleep sooner (libgomp's default is up to a million turns) and leave the processors to the
+# emulators' threads. Read when torch is loaded, which happens further down.
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 
 def main(argv: list[str] | None = None) -> int:
