@@ -1,6 +1,7 @@
 """The door: what a user types, right and wrong. A mistake is one line on stderr and exit code 2."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -268,3 +269,12 @@ def test_start_is_quick_and_light():
     code = f"import sys, lab.train; print([name for name in {late} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
+
+
+def test_idle_threads_of_openmp_sleep_soon_unless_the_user_says_otherwise():
+    """The word must be in the environment before torch is loaded."""
+    code = "import os, sys, launch; print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
+    for given, expected in (({}, "5000 False"), ({"GOMP_SPINCOUNT": "7"}, "7 False")):
+        environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"} | given
+        out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+        assert out.strip() == expected
