@@ -273,6 +273,7 @@ def explain(configs: Path = CONFIGS) -> str:
         f"encoder     {options('model')} (models; where the agent takes an encoder)",
         f"density     the same, where the agent takes one; bonus {options('bonus')}",
         f"protocol    {', '.join(PROTOCOLS)} (of Atari)",
+        "env.backend ale, envpool (of Atari)",
         f"experiment  {options('experiment') or 'none yet'}",
         f"bench       {options('bench')}",
         "",

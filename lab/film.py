@@ -1,4 +1,5 @@
-"""Films one lane's first episode: Atari in colour by replaying the lane's actions in one emulator, other worlds as they look."""
+"""Films one lane's first episode: Atari in colour by replaying the lane's actions in one emulator, where its backend is ale-py; all else as
+the agent sees it."""
 
 from __future__ import annotations
 
@@ -30,17 +31,18 @@ class Film:
         self._actions: list[torch.Tensor] = []
         self._pictures: list[torch.Tensor] = []
         self._ended = False
-        self._atari = hasattr(env, "lane_seed")
+        self._replays = hasattr(env, "lane_seed")
+        self._fps = ATARI_FPS if hasattr(env, "protocol") else OTHER_FPS
 
     def watch(self, tick: Tick) -> None:
         """Takes in one tick; cheap."""
         if self._ended or len(self._actions) >= MOST_STEPS:
             return
         self._actions.append(tick.decision.action[0])
-        if not self._atari:
+        if not self._replays:
             if not self._pictures:
-                self._pictures.append(tick.step.obs[0])
-            self._pictures.append(tick.after.next_obs[0])
+                self._pictures.append(tick.step.obs[0].clone())
+            self._pictures.append(tick.after.next_obs[0].clone())  # a view would keep all lanes
         if tick.after.next_obs is not tick.after.obs:
             self._ended = bool(tick.after.last[0])
 
@@ -49,9 +51,9 @@ class Film:
         if not self._actions:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        pictures = self._replayed() if self._atari else [as_rgb(picture) for picture in self._pictures]
+        pictures = self._replayed() if self._replays else [as_rgb(picture) for picture in self._pictures]
         side = max(pictures[0].shape[:2])
-        write_mp4(path, pictures, fps=ATARI_FPS if self._atari else OTHER_FPS, scale=max(1, SMALL_SIDE // side))
+        write_mp4(path, pictures, fps=self._fps, scale=max(1, SMALL_SIDE // side))
 
     def _replayed(self) -> list[np.ndarray]:
         from envs.atari import Emulator

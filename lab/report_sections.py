@@ -85,6 +85,9 @@ def headline(run: Run) -> str:
         density += " (bounds allowed: where it gives only a bound, counts are those of the bound)"
     facts = [("protocol", run.protocol), ("seed", run.seed), ("encoder", _choice(run, "encoder")), ("density", density)]
     facts.append(("bonus", _choice(run, "bonus") if bonus else ""))
+    world = run.config.get("env")
+    if isinstance(world, Mapping) and world.get("backend") == "envpool":
+        facts.append(("backend", "envpool"))
     lead = "".join(f"<span>{name} <b>{escape(value)}</b></span>" for name, value in facts if value)
     return f'<header><h1>{title}</h1><p class="lead">{lead}<span>{escape(run.folder.resolve().name)}</span></p></header>'
 

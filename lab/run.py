@@ -19,6 +19,7 @@ from envs.api import Spec, UserError, VectorEnv
 from generative.api import Density, Encoder, Planner, Simulator
 from lab.configure import MODEL_JOBS, build, constructor_keys
 
+BACKENDS = {"ale": "envs.atari.AtariEnv", "envpool": "envs.atari_envpool.EnvPoolAtari"}
 PROTOCOL_OF = {"encoder": Encoder, "density": Density, "simulator": Simulator, "planner": Planner}
 
 
@@ -63,7 +64,21 @@ def forked_seed(seed: int) -> Iterator[None]:
 
 def make_env(cfg: Mapping[str, Any], num_envs: int, device: torch.device, for_evaluation: bool = False) -> VectorEnv:
     """The environment of a configuration; for evaluation, with the protocol's episode cap of evaluation."""
-    return build(cfg["env"], "env", num_envs=num_envs, device=device, protocol=make_protocol(cfg, for_evaluation))
+    return build(_backend(cfg), "env", num_envs=num_envs, device=device, protocol=make_protocol(cfg, for_evaluation))
+
+
+def _backend(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The node of the environment, where that is Atari with `env.backend` read: ale (also where a run knows of none), or envpool."""
+    node = dict(cfg["env"])
+    if node.get("_target_") != BACKENDS["ale"]:
+        return node
+    backend = node.pop("backend", "ale")
+    if backend not in list(BACKENDS):
+        raise UserError(f"there is no env.backend={backend}; there are {' and '.join(BACKENDS)}")
+    if backend != "ale" and cfg.get("record_actions"):
+        needed = "recorded actions are played again by ale-py, from openings that only it knows"
+        raise UserError(f"record_actions=true needs env.backend=ale: {needed}")
+    return node | {"_target_": BACKENDS[backend]}
 
 
 def make_protocol(cfg: Mapping[str, Any], for_evaluation: bool = False) -> Any:

@@ -20,6 +20,7 @@ def test_yaml_equals_constructor(name):
     if name == "atari":
         assert knobs.pop("game") == "???"
         knobs.pop("defaults", None)  # which protocol is the usual one
+        assert knobs.pop("backend") == "ale"  # read by lab.run.make_env
         assert defaults.pop("game") is inspect.Parameter.empty
     else:
         assert cls == name
