@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 
 STEPS_TO_A_LIFE = 3
+STEPS_TO_A_GIFT = 5
+"""After which a game gives two lives, once."""
 STEPS_TO_THE_END = {0: 7, 1: 4}
 """Of a lane, by its index modulo 2: how many steps its games last."""
 
@@ -57,7 +59,8 @@ class FakePool:
         obs = np.zeros((len(ids), *self.shape), np.uint8)
         for row, lane in enumerate(ids):
             obs[row, 0, 0, :3] = self.knobs["seed"][lane] % 251, self.episode[lane], self.steps[lane]
-        return obs, {"lives": 3 - self.steps[ids] // STEPS_TO_A_LIFE, "env_id": ids}
+        lives = 3 - self.steps[ids] // STEPS_TO_A_LIFE + 2 * (self.steps[ids] >= STEPS_TO_A_GIFT)
+        return obs, {"lives": lives, "env_id": ids}
 
 
 class FakeEnvPool:

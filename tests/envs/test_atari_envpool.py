@@ -134,6 +134,12 @@ def test_time_limit_counts_our_frames_and_is_bootstrapped_from_the_true_picture(
     assert all(float(shown[t].discount[1]) == 0 for t in (4, 8))
 
 
+def test_lives_that_a_cut_game_had_left_are_not_missed_by_the_next(envpool):
+    """The game before was cut with four lives, two of them gifts; the next opens with three, and loses none in its first step."""
+    shown = play(EnvPoolAtari("Pong", 1, "cpu", dataclasses.replace(LIVES, max_episode_frames=20)), 8)
+    assert [float(step.discount[0]) for step in shown[1:]] == [1, 1, 0, 1, 1, 1, 1, 0]
+
+
 def test_a_life_lost_on_the_step_of_the_time_limit_is_lost(envpool):
     for protocol, discount in ((LIVES, 0), (PLAIN, 1)):
         step = play(EnvPoolAtari("Pong", 1, "cpu", dataclasses.replace(protocol, max_episode_frames=12)), 3)[-1]
