@@ -161,11 +161,18 @@ def test_killed_before_the_first_checkpoint_starts_anew(tmp_path, capsys):
         assert metrics(tmp_path / "run") == metrics(whole)
 
 
-def test_killed_at_random_moments_every_run_resumes(tmp_path):
-    """20 SIGKILLs in one run, half of them while a checkpoint is being written; the end equals that of a run left alone."""
+KILLED = [
+    pytest.param([], 20, id="episodic_control"),
+    *(pytest.param(LEARNERS[name], 10, id=name, marks=pytest.mark.slow) for name in ("a3c_plus-cts", "dqn-pixelcnn-eta", "a3c_plus-rnd")),
+]
+
+
+@pytest.mark.parametrize(("words", "kills"), KILLED)
+def test_killed_at_random_moments_every_run_resumes(tmp_path, words, kills):
+    """SIGKILLs in one run, half of them while a checkpoint is being written; the end equals that of a run left alone."""
     chance, folder, in_writing = random.Random(7), tmp_path / "run", 0
-    process, began = start(tmp_path, "run", "frames=100_000_000"), 0
-    for kill in range(20):
+    process, began = start(tmp_path, "run", "frames=100_000_000", *words), 0
+    for kill in range(kills):
         version, deadline = folder / "version.json", time.monotonic() + 60
         while not (version.exists() and version.stat().st_mtime_ns > began) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -183,10 +190,10 @@ def test_killed_at_random_moments_every_run_resumes(tmp_path):
     wait_for(folder / "checkpoint", process)  # on a slow machine every life so far may have been too short for one
     process.kill()
     process.communicate()
-    assert in_writing >= 5
+    assert in_writing >= kills // 4
     frames = f"frames={checkpoint.load(folder).state['frames'] + 640}"
     assert launch.main([f"resume={folder}", frames]) == 0
-    assert_same_run(run(tmp_path, "whole", frames), folder)
+    assert_same_run(run(tmp_path, "whole", frames, *words), folder)
 
 
 def test_a_strangers_run_folder_runs_nothing_of_its_own(tmp_path, capsys):
