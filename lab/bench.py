@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,11 @@ LAUNCH = Path(__file__).resolve().parent.parent / "launch.py"
 
 
 def run(cfg: DictConfig) -> int:
-    """Runs what is not finished yet, then writes table.md, results.json and curves.png."""
+    """Runs what is not finished yet, then writes table.md, results.json and curves.png.
+
+    Of a bench's keys, `panels` is what the picture has one panel for, game (the default) or setting, and `solved` a score: the seeds that
+    end above it are counted.
+    """
     bench = plain(cfg)["bench"]
     if bench.get("kind") == "salient_event":
         from lab import salient_event
@@ -39,6 +44,9 @@ def run(cfg: DictConfig) -> int:
     if not lists or not seeds or not runs or not all(runs) or not re.fullmatch(r"[\w-]+", str(bench.get("name"))):
         needs = "a bench needs a name, runs (a list of lists of key=value) and seeds (a list)"
         raise UserError(f"{needs}, and may have words in common and games (lists)")
+    panels, solved = bench.get("panels", "game"), bench.get("solved")
+    if panels not in ("game", "setting") or not (solved is None or type(solved) in (int, float)):
+        raise UserError(f"bench.panels is game or setting and bench.solved a number or null, got {panels} and {solved}")
     bench["bare_runs"] = runs
     if games:
         bench["runs"] = [[f"env={game}", *words] for game in games for words in runs]
@@ -58,10 +66,10 @@ def run(cfg: DictConfig) -> int:
     for label, paths in folders.items():
         if len(finished[label]) < len(paths):
             print(f"{label}: {len(paths) - len(finished[label])} of {len(paths)} seeds are not finished and are left out")
-    results = [summarise_group(label, paths) for label, paths in finished.items() if paths]
+    results = [summarise_group(label, paths, solved) for label, paths in finished.items() if paths]
     write_beside(folder / "results.json", json.dumps(results, indent=2))
     write_beside(folder / "table.md", table(results))
-    draw(results, folder / "curves.png")
+    draw(results, folder / "curves.png", panels)
     print(table(results))
     if bench.get("kind") == "exploration":
         from lab import exploration
@@ -102,8 +110,11 @@ def is_finished(target: Path) -> bool:
     return max((row["frames"] for row in read_evaluation(target)), default=0) >= read_config(target)["frames"]
 
 
-def summarise_group(label: str, folders: list[Path]) -> dict[str, Any]:
-    """Final scores (a mean a seed, with the bootstrap interval over seeds), curves and speed of one setting's finished runs."""
+def summarise_group(label: str, folders: list[Path], solved: float | None = None) -> dict[str, Any]:
+    """Final scores (a mean a seed, with the bootstrap interval over seeds), curves and speed of one setting's finished runs.
+
+    With `solved` also that score and, as `seeds_above`, how many seeds end above it.
+    """
     finals, speeds, curves = [], [], []
     game, frames = "", 0
     for folder in folders:
@@ -128,6 +139,7 @@ def summarise_group(label: str, folders: list[Path]) -> dict[str, Any]:
         "human_normalised": human_normalised(game, mean),
         "frames_per_second": _mean(speeds),
         "curves": curves,
+        **({} if solved is None else {"solved": solved, "seeds_above": sum(final > solved for final in finals)}),
     }
 
 
@@ -136,44 +148,61 @@ def _mean(values: list[float]) -> float:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """A Markdown table, one row a setting, beside random play, a human tester, and MFEC as published by Pritzel et al. (2017)."""
-    published = f"MFEC at {PUBLISHED_FRAMES // 10**6}M (NEC paper)"
-    lines = [
-        f"| setting | frames | seeds | score (95 % over seeds) | random | human | {published} | frames/s |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    """A Markdown table, one row a setting, beside random play, a human tester, and MFEC as published by Pritzel et al. (2017).
+
+    Published columns are there where any game has published scores, and the count of solving seeds where the rows hold it.
+    """
+    known = any(row["game"] in SCORES for row in results)
+    solved = sorted({row["solved"] for row in results if "solved" in row})
+    names = ["setting", "frames", "seeds", "score (95 % over seeds)"]
+    names += [f"seeds above {score:g}" for score in solved]
+    names += ["random", "human", f"MFEC at {PUBLISHED_FRAMES // 10**6}M (NEC paper)"] if known else []
+    names.append("frames/s")
+    lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+    places = 1 if any(abs(final) >= 10 for row in results for final in row["final_by_seed"]) else 2
     for row in results:
-        known = SCORES.get(row["game"])
-        low, high = row["interval_over_seeds"]
-        score = f"{row['score']:,.1f} " + (f"({low:,.1f} to {high:,.1f})" if row["seeds"] > 1 else "(one seed)")
-        beside = [f"{known.random:,.1f}", f"{known.human:,.1f}", f"{known.mfec:,.1f}"] if known else ["", "", ""]
-        lines.append(
-            f"| {row['setting']} | {row['frames']:,} | {row['seeds']} | {score} | "
-            f"{beside[0]} | {beside[1]} | {beside[2]} | {row['frames_per_second']:,.0f} |"
-        )
+        mean, low, high = (f"{number:,.{places}f}" for number in (row["score"], *row["interval_over_seeds"]))
+        cells = [row["setting"], f"{row['frames']:,}", str(row["seeds"])]
+        cells.append(f"{mean} ({low} to {high})" if row["seeds"] > 1 else f"{mean} (one seed)")
+        cells += [f"{row['seeds_above']} of {row['seeds']}"] if solved else []
+        if known:
+            published = SCORES.get(row["game"])
+            cells += [f"{number:,.1f}" for number in (published.random, published.human, published.mfec)] if published else [""] * 3
+        cells.append(f"{row['frames_per_second']:,.0f}")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """One panel a game: each seed a thin line, the mean over seeds a thick one."""
+def draw(results: list[dict[str, Any]], path: Path, panels: str = "game") -> None:
+    """One panel a game, or a setting: each seed a thin line, the mean over seeds a thick one."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    games = list(dict.fromkeys(row["game"] for row in results))
-    figure, panels = pyplot.subplots(1, len(games), figsize=(4.2 * len(games), 3.2), squeeze=False, layout="constrained")
-    for panel, game in zip(panels[0], games):
-        for colour, row in enumerate(row for row in results if row["game"] == game):
+    titles = list(dict.fromkeys(row[panels] for row in results))
+    columns = len(titles) if panels == "game" else min(4, len(titles))
+    rows = -(-len(titles) // columns)
+    size = (4.2 * columns, 3.2 * rows) if panels == "game" else (3 * columns, 2.5 * rows)
+    figure, grid = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", sharey=panels == "setting")
+    unit, word = (1e6, "millions") if max(row["frames"] for row in results) >= 1e6 else (1e3, "thousands")
+    for title, panel in zip(titles, grid.flat):
+        for colour, row in enumerate(row for row in results if row[panels] == title):
             for curve in row["curves"]:
-                panel.plot([at / 1e6 for at, _ in curve], [score for _, score in curve], color=f"C{colour}", alpha=0.35, linewidth=1)
+                panel.plot([at / unit for at, _ in curve], [score for _, score in curve], color=f"C{colour}", alpha=0.35, linewidth=1)
             shared = set.intersection(*({at for at, _ in curve} for curve in row["curves"])) if row["curves"] else set()
             mean = [(at, _mean([dict(curve)[at] for curve in row["curves"]])) for at in sorted(shared)]
-            panel.plot([at / 1e6 for at, _ in mean], [score for _, score in mean], color=f"C{colour}", linewidth=2, label=row["setting"])
-        panel.set_title(game)
-        panel.set_xlabel("environment frames (millions)")
-        panel.set_ylabel("evaluation score")
-        panel.legend(fontsize=6, frameon=False)
+            panel.plot([at / unit for at, _ in mean], [score for _, score in mean], color=f"C{colour}", linewidth=2, label=row["setting"])
+        if panels == "game":
+            panel.set_title(title)
+            panel.legend(fontsize=6, frameon=False)
+        else:
+            panel.set_title(textwrap.fill(title, 32, break_on_hyphens=False), fontsize=8)
+        panel.set_xlabel(f"environment frames ({word})")
+        if panels == "game" or panel in grid[:, 0]:
+            panel.set_ylabel("evaluation score")
         panel.spines[["top", "right"]].set_visible(False)
+    for panel in list(grid.flat)[len(titles) :]:
+        panel.set_axis_off()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
