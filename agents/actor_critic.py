@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from agents.api import Decision, Metrics
 from agents.bonus import Bonus
+from agents.capture import captured
 from agents.half import fastest_torso
 from agents.nets import Recurrent, head
 from agents.optimise import FlatOptimiser, Kind, working_dtype
@@ -93,6 +94,7 @@ class ActorCritic:
         learning_rate_frames: environment frames within which the learning rate falls to 0 in a straight line, or None for a constant one.
         max_gradient_norm: longer gradients are scaled down to it, or None.
         precision: auto, float32, bfloat16, or float16 (see `agents.half.fastest_torso`).
+        capture: whether updates are replayed as CUDA graphs (see `agents.capture.Captured`).
     """
 
     def __init__(
@@ -117,6 +119,7 @@ class ActorCritic:
         learning_rate_frames: int | None = None,
         max_gradient_norm: float | None = 0.5,
         precision: str = "auto",
+        capture: bool = False,
     ) -> None:
         for name, share in (("gamma", gamma), ("gae_lambda", gae_lambda)):
             if not 0 <= share <= 1:
@@ -141,6 +144,7 @@ class ActorCritic:
         self._gamma, self._trace = gamma, gae_lambda
         self._entropy_cost, self._value_cost, self._bonus_scale = entropy_cost, value_cost, bonus_scale
         self._reward_clip, self._max_norm, self._learning_rate_frames = reward_clip, max_gradient_norm, learning_rate_frames
+        self._descend = captured(self._take_step, capture, device)
         self._rollout = Rollout(n_steps)
         self._fresh: list[Tensor] = []
         self._latest: Latest | None = None
@@ -186,8 +190,12 @@ class ActorCritic:
 
         What acting saw is not looked at again but for the first step, which was decided on with the parameters one update back.
         """
+        return self._loss(self._valued(batch))
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch whose known successors are valued: a function of tensors, nothing in it depends on their values."""
         torso, lanes = self.network.torso, batch.frames.shape[0]
-        unknown = [successor for successor in batch.successors if not self._known(successor)]
+        unknown = [successor for successor in batch.successors if successor.value is None]
         goes_on = torch.zeros_like(batch.opens[0])
         stacks = [push_frame(successor.carry.stack, successor.obs, goes_on)[0] for successor in unknown]
         looked = torso.look(torch.cat([batch.frames, *stacks]))
@@ -206,18 +214,21 @@ class ActorCritic:
         parts = {"train/policy_loss": policy_loss, "train/value_loss": value_loss, "train/entropy": entropy, "train/value": value.mean()}
         return loss, {name: part.detach() for name, part in parts.items()}
 
-    def _known(self, successor: Successor) -> bool:
-        """Whether acting has just valued that very state, with the present parameters."""
+    def _valued(self, batch: Batch) -> Batch:
+        """The batch with the value of that successor, if any, that acting has just valued, with the present parameters."""
         latest = self._latest
-        return latest is not None and successor.shown and latest.obs is successor.obs and latest.carry is successor.carry
+        if latest is None:
+            return batch
+        known = [s.shown and latest.obs is s.obs and latest.carry is s.carry for s in batch.successors]
+        return batch._replace(successors=[s._replace(value=latest.value) if is_it else s for s, is_it in zip(batch.successors, known)])
 
     @torch.no_grad()
     def _next_value(self, batch: Batch, unknown: list[Successor], features: Tensor) -> Tensor:
         """V(next_obs) float32 (T, N); zeros in rows where nobody asks for it. Of those unknown, from the torso's features (len * N, D)."""
         next_value = torch.zeros_like(batch.reward)
         for successor in batch.successors:
-            if self._latest is not None and self._known(successor):
-                next_value[successor.t] = self._latest.value
+            if successor.value is not None:
+                next_value[successor.t] = successor.value
         if unknown:
             goes_on = torch.zeros(1, features.shape[0], dtype=torch.bool, device=features.device)
             _, value, _ = self.network(features, goes_on, torch.cat([successor.carry.state for successor in unknown]))
@@ -226,11 +237,17 @@ class ActorCritic:
         return next_value
 
     def _update(self, batch: Batch, learning_rate: float) -> dict[str, Tensor | float]:
-        loss, parts = self.loss(batch)
-        norm = self.optimiser.minimise(loss, learning_rate, self._max_norm)
+        self.optimiser.begin(learning_rate)
+        metrics = self._descend(self._valued(batch))
+        self.optimiser.finish()
         self.network.torso.refresh()
         self._latest = None
-        return {**parts, "train/gradient_norm": norm, "train/learning_rate": learning_rate, "train/updates": float(self.optimiser.updates)}
+        return {**metrics, "train/learning_rate": learning_rate, "train/updates": float(self.optimiser.updates)}
+
+    def _take_step(self, batch: Batch) -> dict[str, Tensor]:
+        """One step down the gradient of a batch whose known successors are valued; what may be captured."""
+        loss, parts = self._loss(batch)
+        return {**parts, "train/gradient_norm": self.optimiser.descend(loss, self._max_norm)}
 
     def required_bytes(self, steps: int) -> int:
         """Network, optimiser and bonus. A rollout's few frames are not counted."""

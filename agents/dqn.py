@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from agents.api import Decision, Metrics
 from agents.bonus import Bonus
+from agents.capture import captured
 from agents.half import fastest_torso
 from agents.nets import head
 from agents.optimise import FlatOptimiser, Kind, working_dtype
@@ -102,6 +103,7 @@ class DQN:
         optimiser: see FlatOptimiser, and the four knobs that follow.
         max_gradient_norm: longer gradients are scaled down to it, or None.
         precision: auto, float32, bfloat16, or float16 (see `agents.half.fastest_torso`).
+        capture: whether updates are replayed as CUDA graphs (see `agents.capture.Captured`).
     """
 
     def __init__(
@@ -133,6 +135,7 @@ class DQN:
         optimiser_epsilon: float = 0.01 / 32**2,
         max_gradient_norm: float | None = None,
         precision: str = "auto",
+        capture: bool = False,
     ) -> None:
         for name, share in (("gamma", gamma), ("eta", eta), ("epsilon_start", epsilon_start), ("epsilon_end", epsilon_end)):
             if not 0 <= share <= 1:
@@ -164,6 +167,7 @@ class DQN:
         self._starts, self._every, self._target_every = learning_starts_frames, update_frames, target_frames
         self._epsilon = (epsilon_start, epsilon_end, epsilon_frames)
         self._reward_clip, self._error_clip, self._max_norm = reward_clip, error_clip, max_gradient_norm
+        self._descend = captured(self._take_step, capture, device)
         self._due = learning_starts_frames + update_frames  # when the next update falls due
         self._seen: list[tuple[Step, Decision, Step]] = []
 
@@ -228,7 +232,14 @@ class DQN:
         return bool(seen)
 
     def _update(self, batch: Batch) -> Metrics:
-        """One step down the gradient: a function of tensors, nothing in it depends on their values."""
+        self.optimiser.begin()
+        metrics = self._descend(batch)
+        self.optimiser.finish()
+        self.online.torso.refresh()
+        return {**metrics}
+
+    def _take_step(self, batch: Batch) -> dict[str, Tensor]:
+        """One step down the gradient: a function of tensors, nothing in it depends on their values; what may be captured."""
         with torch.no_grad():
             next_q = self.target(batch.next_frames)
             next_q_online = self.online(batch.next_frames) if self._double else None
@@ -236,8 +247,7 @@ class DQN:
             target = targets(batch.reward, batch.discount, next_q, next_q_online, whole, self._eta)
         q = self.online(batch.frames).gather(1, batch.action.unsqueeze(1)).squeeze(1)
         loss = self.loss(q, target)
-        norm = self.optimiser.minimise(loss, max_norm=self._max_norm)
-        self.online.torso.refresh()
+        norm = self.optimiser.descend(loss, self._max_norm)
         return {"train/loss": loss.detach(), "train/q_mean": q.detach().mean(), "train/gradient_norm": norm}
 
     def loss(self, q: Tensor, target: Tensor) -> Tensor:

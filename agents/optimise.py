@@ -107,9 +107,12 @@ class FlatOptimiser:
         self._square = torch.zeros_like(self.master)
         self._mean = torch.zeros_like(self.master if kind != "rmsprop" else self.master[:0])
         self._pool: ThreadPoolExecutor | None = None
-        self._on_host = device.type == "cpu"
-        self._check_updates = check_updates or (1 if self._on_host else CHECK_UPDATES_DEVICE)
+        self._check_updates = check_updates or (1 if device.type == "cpu" else CHECK_UPDATES_DEVICE)
+        self._compiled = device.type == "cpu" and self._check_updates == 1
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+        self._rate = learning_rate  # of the update that is open, and below it the device's word of it
+        self._device_rate = torch.zeros((), device=device)
+        self._device_updates = torch.zeros((), dtype=torch.int64, device=device)
 
     def minimise(self, loss: Tensor, learning_rate: float | None = None, max_norm: float | None = None) -> Tensor:
         """One update down the gradient of the scalar `loss`. Raises NonFiniteLoss.
@@ -121,28 +124,44 @@ class FlatOptimiser:
         Returns:
             float32 (), the gradient's norm before it was scaled.
         """
+        self.begin(learning_rate)
+        norm = self.descend(loss, max_norm)
+        self.finish()
+        return norm
+
+    def begin(self, learning_rate: float | None = None) -> None:
+        """Opens an update: counts it, and tells the device its learning rate. The host's part, before what may be captured."""
+        self.updates += 1
+        self._rate = self.learning_rate if learning_rate is None else learning_rate
+        if not self._compiled:
+            self._device_rate.fill_(self._rate)
+            self._device_updates.fill_(self.updates)
+
+    def descend(self, loss: Tensor, max_norm: float | None = None) -> Tensor:
+        """The update that `begin` opened, as `minimise` says; where the device is asked seldom, a function of tensors alone."""
         gradients = torch.autograd.grad(loss, self._parameters)
         parts = [part.permute(order).reshape(-1) for part, order in zip(gradients, self._orders)]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(parts, dtype=torch.float32)))
         finite = torch.isfinite(norm) & torch.isfinite(loss.detach())
-        self.updates += 1
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm is not None else torch.ones_like(norm)
         if self._check_updates == 1:
             if not finite:
                 self.updates -= 1
                 raise NonFiniteLoss(self._player, self.updates + 1)
         else:
-            self._first_bad = torch.where((self._first_bad < 0) & ~finite, self.updates, self._first_bad)
-        rate = self.learning_rate if learning_rate is None else learning_rate
-        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm is not None else torch.ones_like(norm)
-        if self._on_host and self._check_updates == 1:
-            self._step_on_host(parts, float(scale), rate)
+            self._first_bad.copy_(torch.where((self._first_bad < 0) & ~finite, self._device_updates, self._first_bad))
+        if self._compiled:
+            self._step_on_host(parts, float(scale), self._rate)
         else:
-            self._step(torch.cat(parts).float() * scale, rate)
+            self._step(torch.cat(parts).float() * scale)
         if self._working is not self.master:
             self._working.copy_(self.master)
+        return norm
+
+    def finish(self) -> None:
+        """Closes an update: asks the device now and then whether all was finite. Raises NonFiniteLoss."""
         if self._check_updates > 1 and self.updates % self._check_updates == 0:
             self.settle()
-        return norm
 
     def settle(self) -> None:
         """Raises NonFiniteLoss where an update since the last call was not finite. Waits for the device."""
@@ -170,10 +189,10 @@ class FlatOptimiser:
     def _ordered(self) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
         return zip(self._parameters, self._orders)
 
-    def _step(self, gradient: Tensor, rate: float) -> None:
+    def _step(self, gradient: Tensor) -> None:
         """The rule in torch, for any device, for one flat gradient: masked out once a gradient was not finite."""
         square = torch.lerp(gradient * gradient, self._square, self._decay)
-        mean = self._mean
+        mean, rate = self._mean, self._device_rate
         if self.kind == "rmsprop":
             step = gradient / (square.sqrt() + self._epsilon)
         elif self.kind == "rmsprop_centred":
@@ -181,8 +200,9 @@ class FlatOptimiser:
             step = gradient / (square - mean * mean + self._epsilon).sqrt()
         else:
             mean = torch.lerp(gradient, mean, self._momentum)
-            rate = rate / (1 - self._momentum**self.updates)
-            step = mean / ((square / (1 - self._decay**self.updates)).sqrt() + self._epsilon)
+            updates = self._device_updates.double()  # 1 - 0.999^t, as float32 tells it, is off by a ten-thousandth
+            rate = (rate / (1 - self._momentum**updates)).float()
+            step = mean / ((square / (1 - self._decay**updates).float()).sqrt() + self._epsilon)
         good = self._first_bad < 0
         for old, new in ((self.master, self.master - rate * step), (self._square, square), (self._mean, mean)):
             old.copy_(torch.where(good, new, old))

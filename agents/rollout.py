@@ -27,12 +27,14 @@ class Successor(NamedTuple):
         obs: uint8 (N, C, H, W), its `next_obs`.
         carry: the lanes' memory after the step.
         shown: whether `obs` is what the agent acts on next, no lane having ended.
+        value: float32 (N), where the agent knows already what it takes the state to be worth.
     """
 
     t: int
     obs: Tensor
     carry: Carry
     shown: bool
+    value: Tensor | None = None
 
 
 class Batch(NamedTuple):
