@@ -32,7 +32,7 @@ GAMES: dict[str, str] = {
 
 
 Shape = tuple[int, int, int]  # channels (1 grey, 3 colour), height, width
-OBS_MODES: dict[str, Shape] = {"grey84": (1, 84, 84), "rgb64": (3, 64, 64), "rgb210x160": (3, 210, 160)}
+OBS_MODES: dict[str, Shape] = {"grey84": (1, 84, 84), "grey42": (1, 42, 42), "rgb64": (3, 64, 64), "rgb210x160": (3, 210, 160)}
 
 _UNLIMITED = 2**30  # ale-py adds one to its limit, so not the largest int
 
@@ -101,8 +101,8 @@ class AtariEnv:
         device: where the tensors of a Step land, in one copy.
         protocol: sticky actions, no-ops, lives, action set, frame skip, time limit. Its evaluation_* fields are not read here. A life lost
             on the very step of the time limit counts as lost: discount 0.
-        obs: "grey84" (1, 84, 84), "rgb64" (3, 64, 64) or "rgb210x160" (3, 210, 160). Colour lies in memory as torch.channels_last, the way
-            that the emulators give it and convolutions like it; laying it out anew would cost a fifth of the speed.
+        obs: "grey84" (1, 84, 84), "grey42" (1, 42, 42), "rgb64" (3, 64, 64) or "rgb210x160" (3, 210, 160). Colour lies in memory as
+            torch.channels_last, as emulators give it and convolutions like it; laying it out anew would cost a fifth of the speed.
         num_threads: emulator threads; 0 for as many as the process may use (affinity and container quota), never more than lanes.
 
     UserError on a bad knob. Rewards are the game's own, in points. The time limit counts frames after the no-ops and ends an episode with

@@ -42,7 +42,7 @@ class EnvPoolAtari:
         device: where the tensors of a Step land, in one copy.
         protocol: all knobs of the environment are kept: sticky actions, no-ops, lives, action set, frame skip, time limit. Its evaluation_*
             fields are not read here. A life lost on the very step of the time limit counts as lost: discount 0.
-        obs: "grey84" (1, 84, 84), "rgb64" (3, 64, 64) or "rgb210x160" (3, 210, 160).
+        obs: "grey84" (1, 84, 84), "grey42" (1, 42, 42), "rgb64" (3, 64, 64) or "rgb210x160" (3, 210, 160).
         num_threads: emulator threads; 0 for as many as the process may use (affinity and container quota), never more than lanes.
 
     UserError on a bad knob, or without EnvPool. Lane seeds are those of AtariEnv (`envs.seeds.lane_seed`); a run is a function of the seed

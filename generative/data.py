@@ -249,6 +249,13 @@ class FrameData:
         """uint8 (n, C, H, W), drawn with replacement by torch's default generator."""
         return self.batch(torch.randint(self._count, (n,)))
 
+    def split(self, share: float) -> tuple[FrameRange, FrameRange]:
+        """The frames recorded first, and the last `share` of all. UserError unless there are both."""
+        held = round(share * self._count)
+        if not 0 < held < self._count:
+            raise UserError(f"{share} of {self._count:,} frames leaves none on one side")
+        return FrameRange(self, 0, self._count - held), FrameRange(self, self._count - held, self._count)
+
     def _open(self, shard: Mapping[str, Any], verify: bool) -> np.ndarray:
         path = self.folder / shard["name"]
         expected = shard["frames"] * math.prod(self.obs_shape)
@@ -264,6 +271,26 @@ class FrameData:
             return np.memmap(path, dtype=np.uint8, mode="r", shape=(shard["frames"], *self.obs_shape))
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+class FrameRange:
+    """The frames `start` up to `stop` of a folder."""
+
+    def __init__(self, frames: FrameData, start: int, stop: int) -> None:
+        self.obs_shape = frames.obs_shape
+        self._frames, self._start, self._stop = frames, start, stop
+
+    def __len__(self) -> int:
+        return self._stop - self._start
+
+    def sample(self, n: int) -> Tensor:
+        """uint8 (n, C, H, W), drawn with replacement by torch's default generator."""
+        return self._frames.batch(torch.randint(self._start, self._stop, (n,)))
+
+    def spread(self, n: int) -> Tensor:
+        """uint8 (min(n, len), C, H, W), frames at even distances, the first among them: the same at every call."""
+        n = min(n, len(self))
+        return self._frames.batch(self._start + torch.arange(n) * len(self) // n)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -149,6 +149,10 @@ def _check_knob(name: str, key: str, value: Any) -> None:
     """UserError unless a knob of evaluation.* or fit.* is of its kind: true or false, a word, or a number above 0."""
     if key in ("before", "video"):
         _check_type(name, value, "bool")
+    elif key == "heldout":
+        _check_type(name, value, "float")
+        if not 0 <= value < 1:
+            raise UserError(f"{name} is a share of the frames, 0 or more and below 1, got {value}")
     elif key in ("optimiser", "precision", "path"):
         _check_type(name, value, "str | None" if key == "path" else "str")
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,9 +14,10 @@ from omegaconf import DictConfig
 from agents.loop import play
 from agents.random import RandomAgent
 from envs.api import UserError, VectorEnv
-from generative.api import Encoder, Sampler, Trainable
-from generative.data import FrameData, FrameWriter
+from generative.api import Density, Encoder, Sampler, Trainable
+from generative.data import FrameData, FrameRange, FrameSource, FrameWriter
 from generative.fit import Fitter
+from generative.likelihoods import bits_per_dim
 from lab import checkpoint
 from lab.configure import build, plain
 from lab.dashboard import Dashboard
@@ -27,6 +29,8 @@ from lab.report import write_report
 from lab.run import derive_seed, pick_device, seed_everything
 
 ROWS = 100
+HELDOUT_ROWS = 10  # of these hundred
+HELDOUT_FRAMES = 500  # scored at most
 PICTURES = 8
 
 
@@ -38,9 +42,14 @@ def collect_random(env: VectorEnv, device: torch.device, frames: int, seed: int,
             yield tick.played
 
 
-def fit_rows(model: Any, frames: FrameData, knobs: Mapping[str, Any], progress: Progress) -> Iterator[dict[str, Any]]:
-    """Fits the model for `knobs["updates"]` updates and yields a row of metrics (`fit/...`) about a hundred times."""
-    fitter = Fitter(model, frames, **{key: value for key, value in knobs.items() if key not in ("frames", "path")})
+def fit_rows(
+    model: Any, frames: FrameSource, knobs: Mapping[str, Any], progress: Progress, held: FrameRange | None = None
+) -> Iterator[dict[str, Any]]:
+    """Fits the model for `knobs["updates"]` updates and yields a row of metrics (`fit/...`) about a hundred times.
+
+    Every tenth row and the last tell how a Density does on frames `held` out.
+    """
+    fitter = Fitter(model, frames, **{key: value for key, value in knobs.items() if key not in ("frames", "path", "heldout")})
     every = max(1, knobs["updates"] // ROWS)
     began, last = time.perf_counter(), 0
     for tick in fitter.run():
@@ -49,8 +58,18 @@ def fit_rows(model: Any, frames: FrameData, knobs: Mapping[str, Any], progress: 
             row = {f"fit/{name}": float(value) for name, value in tick.metrics.items()}
             now = time.perf_counter()
             row |= {"fit/update": tick.update, "fit/updates_per_second": (tick.update - last) / max(now - began, 1e-9)}
-            began, last = now, tick.update
+            if held is not None and (tick.update == knobs["updates"] or tick.update // every % (ROWS // HELDOUT_ROWS) == 0):
+                row["fit/heldout_bits_per_dim"] = heldout_bits(model, held)
+            began, last = time.perf_counter(), tick.update
             yield row
+
+
+def heldout_bits(model: Any, held: FrameRange) -> float:
+    """Bits a pixel of frames that a Density was not fitted to: of the exact likelihood, or of the bound where it has only that."""
+    nats = model.log_prob(held.spread(HELDOUT_FRAMES).to(next(model.parameters()).device)).mean()
+    return float(
+        model.bits_per_dim(nats) if hasattr(model, "bits_per_dim") else bits_per_dim(nats, math.prod(held.obs_shape), density=False)
+    )
 
 
 def load_fitted(model: Any, path: str) -> None:
@@ -69,7 +88,7 @@ def needs_fit(model: Any) -> bool:
     return isinstance(model, Trainable)
 
 
-def write_pictures(model: Any, frames: FrameData, folder: Path) -> list[Path]:
+def write_pictures(model: Any, frames: FrameSource, folder: Path) -> list[Path]:
     """images/reconstructions.png (frames above, reconstructions below) and images/samples.png, as far as the model can."""
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
@@ -103,6 +122,8 @@ def run(cfg: DictConfig) -> int:
     name = settings["choices"]["model"]
     if not needs_fit(model):
         raise UserError(f"model={name} has nothing to fit")
+    share = settings["fit"]["heldout"]
+    fitted, held = frames.split(share) if share and isinstance(model, Density) else (frames, None)
     folder = new_folder(settings, f"fit-{name}")
     write_versions(folder, device)
     seed_everything(derive_seed(cfg.seed, 0, "fit"))
@@ -111,12 +132,12 @@ def run(cfg: DictConfig) -> int:
     with MetricsLog(folder) as log, Progress(settings["fit"]["updates"], f"fitting {name}", unit="updates") as progress:
         progress.message(f"run folder {folder}, {len(frames):,} frames")
         try:
-            for row in fit_rows(model, frames, settings["fit"], progress):
+            for row in fit_rows(model, fitted, settings["fit"], progress, held):
                 log.write({"frames": 0, "iteration": 0, **row})
                 dashboard.log({"frames": 0, "iteration": 0, **row})
         finally:  # a loss that is not finite leaves the model at its last good state
             checkpoint.save(folder, {"frames": 0, "iteration": 0, "model": dict(model.state_dict())})
-    write_pictures(model, frames, folder)
+    write_pictures(model, held or fitted, folder)
     dashboard.close()
     write_report(folder)
     shown = ", ".join(f"{key.removeprefix('fit/')} {value:,.2f}" for key, value in row.items() if key != "fit/update")

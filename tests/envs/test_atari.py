@@ -87,7 +87,7 @@ def test_two_player_cartridges_are_refused_by_name(game):
     [
         ({"num_envs": 0}, "num_envs must be at least 1, got 0"),
         ({"num_threads": -1}, "num_threads must be 0"),
-        ({"obs": "grey85"}, "obs must be one of grey84, rgb64, rgb210x160, got grey85"),
+        ({"obs": "grey85"}, "obs must be one of grey84, grey42, rgb64, rgb210x160, got grey85"),
     ],
 )
 def test_bad_knobs_are_one_clear_line(knobs, message):

@@ -198,7 +198,7 @@ def test_a_library_that_plays_another_action_set_is_noticed(envpool):
     [
         ({"num_envs": 0}, "num_envs must be at least 1, got 0"),
         ({"num_threads": -1}, "num_threads must be 0"),
-        ({"obs": "grey85"}, "obs must be one of grey84, rgb64, rgb210x160, got grey85"),
+        ({"obs": "grey85"}, "obs must be one of grey84, grey42, rgb64, rgb210x160, got grey85"),
         ({"game": "Combat"}, "Combat cannot be played"),
     ],
 )

@@ -80,6 +80,22 @@ def test_sample_follows_the_default_generator_and_reaches_every_frame(folder):
         assert len(torch.unique(first.flatten(1), dim=0)) == 25
 
 
+def test_split_holds_out_the_frames_recorded_last(folder):
+    frames, (fitted, held) = frames_in(folder), FrameData(folder).split(0.2)
+    assert (len(fitted), len(held), held.obs_shape) == (20, 5, SHAPE)
+    for part, rows in ((fitted, frames[:20]), (held, frames[20:])):
+        drawn = {frame.numpy().tobytes() for frame in part.sample(500)}
+        assert drawn == {frame.numpy().tobytes() for frame in rows}
+    assert torch.equal(held.spread(100), frames[20:])
+    assert torch.equal(fitted.spread(3), frames[[0, 6, 13]])
+
+
+@pytest.mark.parametrize("share", [0.001, 0.999])
+def test_split_that_leaves_nothing_is_refused(folder, share):
+    with pytest.raises(UserError, match=f"{share} of 25 frames leaves none on one side"):
+        FrameData(folder).split(share)
+
+
 def test_indices_beyond_are_refused(folder):
     for index in (-1, 25):
         with pytest.raises(IndexError, match=r"0\.\.24"):

@@ -1,13 +1,18 @@
 """Training: seeds, evaluation, fitting, and the jobs around it."""
 
+import json
+import math
 import random
 import shutil
 
 import numpy as np
+import pytest
 import torch
 from short_runs import VAE, WORDS, assert_equal, metrics, run
 
 import launch
+from generative.data import FrameData
+from generative.nade import NADE
 from lab import checkpoint
 from lab.run import derive_seed, forked_seed, seed_everything
 
@@ -94,6 +99,36 @@ def test_collect_then_fit_then_play(tmp_path, capsys):
     played = run(tmp_path, "played", "frames=320", "encoder=vae", f"fit.path={tmp_path / 'fit'}")
     fitted = checkpoint.load(tmp_path / "fit", only="model").state
     assert_equal(fitted, checkpoint.load(played, only="agent/encoder").state)
+
+
+def test_density_is_fitted_and_scored_on_frames_held_out(tmp_path, capsys):
+    data = tmp_path / "frames"
+    assert launch.main(["job=collect", "env=Catch", "frames=400", f"data={data}"]) == 0
+    words = [
+        "job=fit",
+        "model=nade",
+        "model.levels=2",
+        f"data={data}",
+        "fit.updates=200",
+        "wandb=off",
+        f"runs_dir={tmp_path}",
+        "run_name=fit",
+    ]
+    assert launch.main([*words, "fit.heldout=1.5"]) == 2
+    assert "fit.heldout is a share" in capsys.readouterr().err
+    assert launch.main(words) == 0
+    told = capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "fit" / "metrics.jsonl").read_text().splitlines()]
+    scores = [row["fit/heldout_bits_per_dim"] for row in rows if "fit/heldout_bits_per_dim" in row]
+    assert len(scores) == 10
+    assert scores[-1] < 0.5 * scores[0]
+    assert f"heldout_bits_per_dim {scores[-1]:.2f}" in told
+    model = NADE(FrameData(data).obs_shape, 1, "cpu", levels=2)
+    model.load_state_dict(checkpoint.load(tmp_path / "fit", only="model").state)
+    held = FrameData(data).batch(torch.arange(360, 400))
+    assert scores[-1] == pytest.approx(float(-model.log_prob(held).mean()) / math.prod(model.obs_shape) / math.log(2), rel=1e-5)
+    assert launch.main([*words, "fit.heldout=0", "run_name=all"]) == 0
+    assert "heldout" not in (tmp_path / "all" / "metrics.jsonl").read_text()
 
 
 def test_evaluate_and_report_a_finished_run(tmp_path, capsys):
