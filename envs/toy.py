@@ -235,9 +235,12 @@ class Cue(Toy):
 
 
 class Deceptive(Toy):
-    """A ladder of `height` rungs, climbed from its foot. Taking what lies at hand gives `small` and ends the episode, on any rung; the
-    climb past the last rung gives `large` and ends it too. Small rewards come at once, and random play meets the large one with
+    """A ladder of `height` rungs, climbed from its foot. Taking what lies at hand gives `small`, on any rung, and ends the climb; the
+    climb past the last rung gives `large` and ends the episode. Small rewards come at once, and random play meets the large one with
     probability 2^-height: a greedy learner settles for the small.
+
+    Taking ends the episode, or, with `equal_length`, leads to a rest on cells of its own, one a step, until the climb would have ended.
+    Then every episode has `height` steps, and a constant pay for each frame speaks for neither.
     """
 
     def __init__(
@@ -247,14 +250,16 @@ class Deceptive(Toy):
         height: int = 10,
         small: float = 0.1,
         large: float = 1.0,
+        equal_length: bool = False,
         pixels_per_cell: int = 1,
     ) -> None:
         if height < 1:
             raise UserError(f"Deceptive: height must be at least 1, got {height}")
         if not 0 < small < large < math.inf:
             raise UserError(f"Deceptive: rewards must keep 0 < small < large, got small {small} and large {large}")
-        self.height, self.small, self.large = height, small, large
-        super().__init__("Deceptive", num_envs, device, ("TAKE", "CLIMB"), _side(height + 1), pixels_per_cell, max_steps=0)
+        self.height, self.small, self.large, self.equal_length = height, small, large, equal_length
+        cells = 2 * height if equal_length else height + 1
+        super().__init__("Deceptive", num_envs, device, ("TAKE", "CLIMB"), _side(cells), pixels_per_cell, max_steps=0)
 
     def optimal_values(self, gamma: float) -> Tensor:
         """float64 (height): the value of each rung, max(small, gamma^(height - 1 - rung) large)."""
@@ -265,16 +270,20 @@ class Deceptive(Toy):
         """The value of an episode's start, the foot of the ladder."""
         return max(self.small, self.large * gamma ** (self.height - 1))
 
-    # position = rung; `height` is the top, -1 the end after taking
+    # position = rung; `height` is the top, height + t the rest at step t < height, -1 the end
 
     def _open(self, count: int) -> Tensor:
         return torch.zeros(count, dtype=torch.int64)
 
     def _play(self, position: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        position = torch.where(action == 1, position + 1, -1)
-        top = position == self.height
-        reward = torch.where(top, self.large, torch.where(position < 0, self.small, 0.0))
-        return position, reward, top | (position < 0)
+        resting = position > self.height
+        taken = ~resting & (action == 0)
+        rest = position + 1 if not self.equal_length else torch.where(taken, position + 1 + self.height, position + 1)
+        over = rest == 2 * self.height if self.equal_length else taken
+        after = torch.where(over, -1, rest)
+        top = after == self.height
+        reward = torch.where(top, self.large, torch.where(taken, self.small, 0.0))
+        return after, reward, top | over
 
 
 def _side(cells: int) -> int:

@@ -259,6 +259,36 @@ def test_deceptive_by_hand():
     assert lit(two.next_obs[2]) == [2]
 
 
+def test_deceptive_of_equal_length_by_hand():
+    env = Deceptive(4, "cpu", height=3, small=0.25, large=4.0, equal_length=True)
+    env.reset(0)
+    one = act(env, 0, 1, 1, 1)
+    assert one.reward.tolist() == [0.25, 0, 0, 0]
+    assert not one.last.any()
+    assert [lit(picture) for picture in one.obs] == [[4], [1], [1], [1]]
+    two = act(env, 1, 0, 1, 1)
+    assert two.reward.tolist() == [0, 0.25, 0, 0]
+    assert not two.last.any()
+    assert [lit(picture) for picture in two.obs] == [[5], [5], [2], [2]]
+    three = act(env, 0, 1, 0, 1)  # whatever is done at rest, nothing comes of it
+    assert three.reward.tolist() == pytest.approx([0, 0, 0.25, 4])
+    assert three.last.all()
+    assert not three.discount.any()
+    assert [lit(picture) for picture in three.next_obs] == [[], [], [], [3]]
+    assert [lit(picture) for picture in three.obs] == [[0]] * 4
+
+
+def test_deceptive_of_equal_length_has_the_same_values():
+    generator = torch.Generator().manual_seed(0)
+    short, even = (Deceptive(500, "cpu", height=4, equal_length=equal) for equal in (False, True))
+    assert even.optimal_value(GAMMA) == short.optimal_value(GAMMA)
+    climbed = discounted_return(even, lambda step, t: torch.ones(500, dtype=torch.int64))
+    assert climbed.tolist() == pytest.approx([GAMMA**3] * 500)
+    assert int(even.reset(0).last.sum()) == 500
+    for t in range(1, 13):
+        assert even.step(torch.randint(2, (500,), generator=generator)).last.tolist() == [t % 4 == 0] * 500
+
+
 def test_deceptive_values_and_how_rare_the_large_reward_is():
     env = Deceptive(2, "cpu", height=4, small=0.8)
     by_iteration = torch.zeros(5).double()
