@@ -2,8 +2,8 @@
 
     python -m benchmarks.bits_per_dim --out benchmarks/results/densities
 
-Online densities (cts, pixelcnn) take each training frame once, in order; the others are fitted in `--updates` of 16 frames each. Held-out frames come from
-games of other seeds. Beside the table it draws samples: a row a density, the last row true frames.
+Online densities (cts, pixelcnn) take each training frame once, in order; the others are fitted in `--updates` of 16 frames each.
+Held-out frames come from games of other seeds. Beside the table it draws samples: a row a density, the last row true frames.
 """
 
 from __future__ import annotations
