@@ -21,6 +21,7 @@ from lab.configure import plain
 from lab.folder import read_config, write_beside
 from lab.logging import read_evaluation, read_metrics
 from lab.protocols import PUBLISHED_FRAMES, SCORES, human_normalised, mean_interval
+from lab.seeds import at_shared_frames
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch.py"
 
@@ -190,9 +191,8 @@ def draw(results: list[dict[str, Any]], path: Path, panels: str = "game") -> Non
         for colour, row in enumerate(row for row in results if row[panels] == title):
             for curve in row["curves"]:
                 panel.plot([at / unit for at, _ in curve], [score for _, score in curve], color=f"C{colour}", alpha=0.35, linewidth=1)
-            shared = set.intersection(*({at for at, _ in curve} for curve in row["curves"])) if row["curves"] else set()
-            mean = [(at, _mean([dict(curve)[at] for curve in row["curves"]])) for at in sorted(shared)]
-            panel.plot([at / unit for at, _ in mean], [score for _, score in mean], color=f"C{colour}", linewidth=2, label=row["setting"])
+            frames, scores = at_shared_frames(row["curves"])
+            panel.plot([at / unit for at in frames], scores.mean(0), color=f"C{colour}", linewidth=2, label=row["setting"])
         if panels == "game":
             panel.set_title(title)
             panel.legend(fontsize=6, frameon=False)

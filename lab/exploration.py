@@ -17,6 +17,7 @@ from envs.api import UserError
 from lab.folder import write_beside
 from lab.protocols import SCORES
 from lab.rooms import GAME, draw, rooms_reached
+from lab.seeds import Curve, at_shared_frames
 
 SHARES = (0.05, 0.25, 0.5, 1.0)
 """Of the budget, at which bonuses are compared; the paper's 10, 50, 100 and 200 million frames."""
@@ -30,20 +31,17 @@ def baseline_score(score: float, random: float, baseline: float) -> float:
     return (score - low) / (high - low)
 
 
-def mean_curve(curves: Sequence[Sequence[tuple[int, float]]]) -> dict[int, float]:
-    """Frames -> mean over seeds, where all seeds have an evaluation."""
-    shared = set.intersection(*({at for at, _ in curve} for curve in curves)) if curves else set()
-    return {at: float(np.mean([dict(curve)[at] for curve in curves])) for at in sorted(shared)}
+def mean_curve(curves: Sequence[Curve]) -> dict[int, float]:
+    """Frames -> mean over seeds, where all seeds have something to say."""
+    frames, scores = at_shared_frames(curves)
+    return dict(zip(frames, scores.mean(0).tolist())) if frames else {}
 
 
 def quartiles_over_games(by_game: Mapping[str, Mapping[int, float]]) -> list[tuple[int, float, float, float]]:
-    """Rows (frames, first quartile, median, third quartile) over games, at the frames that all games have."""
-    shared = set.intersection(*(set(curve) for curve in by_game.values())) if by_game else set()
-    rows = []
-    for at in sorted(shared):
-        low, middle, high = np.quantile([curve[at] for curve in by_game.values()], [0.25, 0.5, 0.75])
-        rows.append((at, float(low), float(middle), float(high)))
-    return rows
+    """Rows (frames, first quartile, median, third quartile) over games, at the frames that all games have something to say about."""
+    frames, scores = at_shared_frames([sorted(curve.items()) for curve in by_game.values()])
+    quartiles = np.quantile(scores, [0.25, 0.5, 0.75], axis=0).T.tolist() if frames else []
+    return [(at, low, middle, high) for at, (low, middle, high) in zip(frames, quartiles)]
 
 
 def scores_by_setting(baseline: str, results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[int, float]]]:
@@ -97,6 +95,9 @@ def draw_figures(
         draw(worlds, folder / "known_world.png")
         figures["rooms"] = worlds
     write_beside(folder / "exploration.json", json.dumps(figures, indent=2))
+    scored = {game for by_game in scores.values() for game in by_game}
+    for game in sorted({str(row["game"]) for row in results} - scored):
+        print(f"{game} has no baseline score: its baseline plays as random play does, or has not finished")
     for setting, rows in figures["quartiles"].items():
         if rows:
             at, low, middle, high = rows[-1]
@@ -150,7 +151,10 @@ def _pyplot() -> Any:
 
 
 def _finish(pyplot: Any, figure: Any, panel: Any, path: Path) -> None:
-    panel.legend(fontsize=7, frameon=False)
+    if panel.get_legend_handles_labels()[0]:
+        panel.legend(fontsize=7, frameon=False)
+    else:
+        panel.text(0.5, 0.5, "no game on which the baseline left random play", transform=panel.transAxes, ha="center", fontsize=8)
     panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

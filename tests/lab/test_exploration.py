@@ -35,6 +35,25 @@ def test_quartiles_over_games_by_hand():
     assert mean_curve([[(0, 1.0), (10, 3.0)], [(0, 3.0)]]) == {0: 2.0}
 
 
+def test_seeds_evaluated_at_other_frames_are_averaged_between():
+    stopped = [(0, 0.0), (3, 3.0), (13, 13.0)]
+    assert mean_curve([[(0, 2.0), (10, 4.0)], stopped]) == pytest.approx({0: 1.0, 3: 2.8, 10: 7.0})
+    assert mean_curve([[(0, 2.0), (10, 4.0)], [(0, 0.0), (10, 6.0)]]) == {0: 1.0, 10: 5.0}
+    assert mean_curve([[(0, 2.0)], [(5, 4.0)]]) == {}
+    assert mean_curve([]) == mean_curve([[(0, 1.0)], []]) == {}
+    rows = quartiles_over_games({"a": {0: 0.0, 4: 4.0}, "b": {0: 2.0, 8: 2.0}})
+    assert [row[0] for row in rows] == [0, 4]
+    assert rows[1][1:] == pytest.approx((2.5, 3.0, 3.5))
+
+
+def test_games_without_a_baseline_score_are_named(tmp_path, capsys):
+    curves = [[(0, 0.0), (10, 0.0)]]
+    results = [{"setting": f"env=Freeway agent={name}", "game": "Freeway", "score": 0.0, "curves": curves} for name in ("a3c", "a3c_plus")]
+    draw_figures({"baseline": ["agent=a3c"], "bare_runs": [["agent=a3c"], ["agent=a3c_plus"]]}, results, {}, tmp_path)
+    assert "Freeway has no baseline score" in capsys.readouterr().out
+    assert (tmp_path / "baseline_score.png").stat().st_size > 1000
+
+
 def test_scores_stand_beside_random_play_and_the_baselines_end():
     results = [
         row("env=Toy agent=a3c", "Toy", [[(0, 1.0), (10, 5.0)], [(0, 3.0), (10, 7.0)]]),
