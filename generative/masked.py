@@ -136,8 +136,8 @@ class StackedLayer(nn.Module):
 class StackedNet(nn.Module):
     """The gated PixelCNN of van den Oord et al. 2016: every earlier pixel within reach is seen, no blind spot. For offline fitting.
 
-    A layer of `first_kernel`, then layers of `kernel`, then a rectifier, 1x1, a rectifier and 1x1 to the logits. It sees grey levels as
-    numbers in [-1, 1], and a map of ones, which the padding beyond the border lacks.
+    A layer of `first_kernel`, then layers of `kernel`, then a rectifier, 1x1, a rectifier and 1x1 to the logits. It sees levels one-hot;
+    cells beyond the border have none. (Shown as numbers in [-1, 1] they take several times the updates.)
 
     Args:
         levels: grey levels.
@@ -160,20 +160,19 @@ class StackedNet(nn.Module):
         sides = [first_kernel] + [kernel] * (blocks - 1)
         self.reach = sum(side // 2 for side in sides)
         self.planes = planes
-        self.layers = nn.ModuleList([StackedLayer(planes if index else 2, planes, side, not index) for index, side in enumerate(sides)])
+        self.layers = nn.ModuleList([StackedLayer(planes if index else levels, planes, side, not index) for index, side in enumerate(sides)])
         self.head = nn.Sequential(nn.ReLU(), nn.Conv2d(planes, head_planes, 1), nn.ReLU(), nn.Conv2d(head_planes, levels, 1))
 
     def see(self, shown: Tensor) -> Tensor:
-        """Levels (B, H, W) -> float32 (B, 2, H, W): greys in [-1, 1], ones."""
-        greys = shown.float() * (2.0 / (self.levels - 1)) - 1.0
-        return torch.stack((greys, torch.ones_like(greys)), 1)
+        """Levels (B, H, W) -> float32 (B, levels, H, W), one-hot."""
+        return functional.one_hot(shown.long(), self.levels).permute(0, 3, 1, 2).float()
 
     def forward(self, shown: Tensor) -> Tensor:
         """Levels (B, H, W) -> logits (B, H, W, levels)."""
         return self.logits(self.see(shown))
 
     def logits(self, seen: Tensor) -> Tensor:
-        """float (B, 2, H, W), as from `see` -> logits (B, H, W, levels)."""
+        """float (B, levels, H, W), as from `see` -> logits (B, H, W, levels)."""
         vertical = horizontal = seen
         for layer in self.layers:
             vertical, horizontal = layer(vertical, horizontal)

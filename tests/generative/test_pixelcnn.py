@@ -18,7 +18,7 @@ from generative.grey_levels import to_frames
 from generative.masked import SlimNet, StackedNet
 from generative.pixelcnn import PixelCNN
 
-SMALL = {"slim": {"network": "slim"}, "stacked": {"network": "stacked", "blocks": 3, "planes": 6, "head_planes": 7, "first_kernel": 5}}
+SMALL = {"slim": {"network": "slim"}, "stacked": {"network": "stacked", "blocks": 3, "planes": 8, "head_planes": 24, "first_kernel": 5}}
 NETWORKS = sorted(SMALL)
 CONFIGS = Path(__file__).parent.parent.parent / "configs" / "model"
 
@@ -146,7 +146,7 @@ def test_walking_pixel_by_pixel_gives_the_logits_of_the_whole(network):
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_samples_follow_the_exact_distribution(network):
-    model, frames = make(network, (1, 2, 2), levels=2, learning_rate=0.02 if network == "slim" else 0.1), every_frame(2, 2, 2)
+    model, frames = make(network, (1, 2, 2), levels=2, learning_rate=0.02 if network == "slim" else 0.06), every_frame(2, 2, 2)
     model.absorb(frames[[3, 12, 3, 5]])
     expected = 4_000 * model.log_prob(frames).exp()
     drawn = model.sample(4_000)
@@ -166,7 +166,7 @@ def test_gradients_reach_all_parameters(network):
     assert float(metrics["nats"]) == pytest.approx(-81 * float(loss.detach()), rel=1e-6)
     assert float(metrics["bits_per_dim"]) == pytest.approx(float(loss.detach()) / math.log(2), rel=1e-6)
     for name, parameter in model.net.named_parameters():
-        assert (parameter.grad != 0).float().mean() > 0.6, name  # some rectifiers of the head may be shut on all frames
+        assert (parameter.grad != 0).float().mean() > 0.4, name  # some rectifiers of the head may be shut on all frames
     assert sum(parameter.numel() for parameter in model.players()["pixelcnn"]) == model.online.square.numel()
 
 
