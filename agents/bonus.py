@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, Protocol, get_args, runtime_checkable
 
 import torch
@@ -56,7 +57,6 @@ def density_shape(obs_shape: tuple[int, int, int]) -> tuple[int, int, int]:
 
 def shrink_frames(frames: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """uint8 (B, C, H, W) -> uint8 (B, 1, h, w): grey, each pixel the mean of the area it covers, rounded half to even."""
-    _, height, width = shape
     if tuple(frames.shape[1:]) == shape:
         return frames
     values = frames.float()
@@ -64,7 +64,20 @@ def shrink_frames(frames: Tensor, shape: tuple[int, int, int]) -> Tensor:
         values = (values * values.new_tensor(GREY).view(1, 3, 1, 1)).sum(1, keepdim=True)
     elif frames.shape[1] != 1:
         values = values.mean(1, keepdim=True)
-    return functional.interpolate(values, (height, width), mode="area").round_().clamp_(0, 255).to(torch.uint8)
+    if all(source % side == 0 for source, side in zip(frames.shape[2:], shape[1:])):
+        means = functional.interpolate(values, shape[1:], mode="area")  # elsewhere it takes means of whole pixels, some of them twice
+    else:
+        rows, columns = (_shares(source, side).to(values.device) for source, side in zip(frames.shape[2:], shape[1:]))
+        means = rows @ values @ columns.T
+    return means.round_().clamp_(0, 255).to(torch.uint8)
+
+
+@cache
+def _shares(source: int, size: int) -> Tensor:
+    """float32 (size, source): what part of each of `size` equal stretches lies in each of `source` cells; rows sum to 1."""
+    stops, cells = torch.arange(1, size + 1, dtype=torch.float64).unsqueeze(1) * source / size, torch.arange(source)
+    starts = stops - source / size
+    return ((torch.minimum(cells + 1, stops) - torch.maximum(cells, starts)).clamp(min=0) * size / source).float()
 
 
 class Meter:
@@ -100,7 +113,7 @@ class CountBonus:
         density: learns every frame online. One that gives a bound is refused unless `allow_bound`.
         form: inverse_sqrt (MBIE-EB), inverse (BEB) or gain (the prediction gain itself).
         gain_scale: c of Ostrovski et al. (2017), by which gains are scaled as c / sqrt(n). null: 0.1 for densities that are learnt by
-            gradients, none (0) for those that count.
+            gradients, none (0) for those that count. The 0.01 above is added to a scaled count too, so that no bonus is above 10.
         allow_bound: take a density whose number is only a bound of the log-probability.
     """
 

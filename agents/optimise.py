@@ -197,7 +197,7 @@ class FlatOptimiser:
             step = gradient / (square.sqrt() + self._epsilon)
         elif self.kind == "rmsprop_centred":
             mean = torch.lerp(gradient, mean, self._decay)
-            step = gradient / (square - mean * mean + self._epsilon).sqrt()
+            step = gradient / ((square - mean * mean).clamp(min=0) + self._epsilon).sqrt()  # below 0 by rounding alone
         else:
             mean = torch.lerp(gradient, mean, self._momentum)
             updates = self._device_updates.double()  # 1 - 0.999^t, as float32 tells it, is off by a ten-thousandth
@@ -252,7 +252,7 @@ def _like(flat: Tensor, parameter: Tensor) -> Tensor:
 # One pass over all parameters, three to four times faster than a pass for each operation. What decays towards 0 is kept above the numbers
 # that processors handle in microcode (below 1e-38), a hundred times slower: the tiny addends are far below what any epsilon lets through.
 
-_ONE, _TINY_SQUARE, _TINY_MEAN = np.float32(1), np.float32(1e-30), np.float32(1e-18)
+_ZERO, _ONE, _TINY_SQUARE, _TINY_MEAN = np.float32(0), np.float32(1), np.float32(1e-30), np.float32(1e-18)
 
 
 @njit(nogil=True, fastmath=True, error_model="numpy", cache=True)
@@ -269,7 +269,7 @@ def _rmsprop_centred(p, g, s, m, scale, rate, decay, epsilon):
         x = g[i] * scale
         s[i] = s[i] * decay + (x * x * (_ONE - decay) + _TINY_SQUARE)
         m[i] = m[i] * decay + (x * (_ONE - decay) + _TINY_MEAN)
-        p[i] -= rate * x / np.sqrt(s[i] - m[i] * m[i] + epsilon)
+        p[i] -= rate * x / np.sqrt(max(s[i] - m[i] * m[i], _ZERO) + epsilon)
 
 
 @njit(nogil=True, fastmath=True, error_model="numpy", cache=True)

@@ -11,14 +11,9 @@ took, once, ale-py's first; EnvPool spends it again at every reset.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -26,10 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.record import record
 from envs.api import VectorEnv
 from envs.atari import GAMES, OBS_MODES, AtariEnv
 from envs.atari_envpool import EnvPoolAtari
-from envs.cpus import usable_cpus
 from envs.protocols import PROTOCOLS
 
 
@@ -103,19 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         speeds = f"{row['ale_frames_per_second']:12d} {row['envpool_frames_per_second']:9d} {row['ratio_median']:6.3f}"
         print(f"{game:16s} {obs:11s} {num_envs:5d} {num_threads:7d} {speeds}  {low:.3f}-{high:.3f}", flush=True)
         rows.append(row)
-    if arguments.out:
-        result = {
-            "command": shlex.join(["python", "-m", "benchmarks.backends", *(sys.argv[1:] if argv is None else argv)]),
-            "hardware": {
-                "processor": platform.machine(),
-                "usable_cpus": usable_cpus(),
-                "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
-            },
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "ale-py", "envpool", "numpy")}},
-            "rows": rows,
-        }
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    record(arguments.out, "backends", argv, rows, ("torch", "ale-py", "envpool", "numpy"), device=arguments.device)
     return 0
 
 

@@ -4,21 +4,16 @@
 
 Online densities (cts, pixelcnn) take each training frame once, in order; the others are fitted in `--updates` of 16 frames each, by
 Adam at a rate each, the best of 1e-3, 3e-3 and 1e-2 in 300 updates on 5,000 frames of Q*bert.
-Held-out frames come from games of other seeds. Beside the table it draws samples: a row a density, the last row true frames.
+Held-out frames come from games of other seeds; those that stand among the training frames to the last bit are left out. Beside the
+table it draws samples: a row a density, the last row true frames.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
-import platform
-import shlex
-import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +22,8 @@ from torch import Tensor
 
 from agents.loop import play
 from agents.random import RandomAgent
+from benchmarks.record import record
 from envs.atari import AtariEnv
-from envs.cpus import usable_cpus
 from envs.protocols import PROTOCOLS
 from generative.cts import CTS
 from generative.data import FrameMemory
@@ -52,6 +47,7 @@ RATES = {"nade": 1e-2, "nade, order-agnostic": 3e-3, "pixelcnn_large": 3e-3}
 
 def observations(game: str, count: int, seed: int) -> Tensor:
     """uint8 (count, 1, 42, 42) of random play, in order, lane beside lane."""
+    torch.manual_seed(seed)
     env = AtariEnv(game, LANES, CPU, PROTOCOLS["nature2015"], "grey42")
     try:
         ticks = play(env, RandomAgent(env.spec, CPU), count * env.spec.frames_per_step, seed)
@@ -60,12 +56,19 @@ def observations(game: str, count: int, seed: int) -> Tensor:
         env.close()
 
 
+def unseen(frames: Tensor, train: Tensor, count: int) -> Tensor:
+    """`count` of the frames, evenly spread, of those that are not among `train`."""
+    known = {frame.numpy().tobytes() for frame in train}
+    fresh = torch.stack([frame for frame in frames if frame.numpy().tobytes() not in known])
+    return fresh[torch.linspace(0, len(fresh) - 1, count).long()]
+
+
 def marginal_bits(train: Tensor, held: Tensor) -> float:
     """Of a histogram of levels at each place, one count of each level beforehand: what a density must beat."""
-    shown, unseen = (quantise(frames, LEVELS, SHAPE, "a histogram").long() for frames in (train, held))
+    shown, other = (quantise(frames, LEVELS, SHAPE, "a histogram").long() for frames in (train, held))
     counts = torch.ones(*SHAPE[1:], LEVELS, dtype=torch.float64)
     counts.scatter_add_(2, shown.permute(1, 2, 0), torch.ones(*SHAPE[1:], len(shown), dtype=torch.float64))
-    nats = (counts / counts.sum(2, keepdim=True)).log().gather(2, unseen.permute(1, 2, 0)).sum((0, 1))
+    nats = (counts / counts.sum(2, keepdim=True)).log().gather(2, other.permute(1, 2, 0)).sum((0, 1))
     return float(bits_per_dim(nats.mean(), math.prod(SHAPE), density=False))
 
 
@@ -96,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     print(f"{'game':18s} {'density':22s} {'bits a pixel':>12s} {'updates':>8s} {'seconds':>8s}")
     for game in arguments.games:
-        train, held = observations(game, arguments.frames, 0), observations(game, 10 * HELD, 1)[::10]
+        train = observations(game, arguments.frames, 0)
+        held = unseen(observations(game, 10 * HELD, 1), train, HELD)
         rows.append({"game": game, "density": "histogram a pixel", "bits_per_dim": round(marginal_bits(train, held), 4)})
         print(f"{game:18s} {'histogram a pixel':22s} {rows[-1]['bits_per_dim']:12.4f}", flush=True)
         pictures = []
@@ -111,18 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.out:
             arguments.out.mkdir(parents=True, exist_ok=True)
             write_grid(arguments.out / f"samples-{game}.png", [*pictures, held[:: HELD // SAMPLES][:SAMPLES]])
-    if arguments.out:
-        facts = {
-            "command": shlex.join(["python", "-m", "benchmarks.bits_per_dim", *(sys.argv[1:] if argv is None else argv)]),
-            "frames": arguments.frames,
-            "held_out": HELD,
-            "batch": BATCH,
-            "learning_rates": RATES,
-            "usable_cpus": usable_cpus(),
-            "load": os.getloadavg()[0],
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "ale-py", "numba")}},
-        }
-        (arguments.out / "densities.json").write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")
+    path = arguments.out / "densities.json" if arguments.out else None
+    record(path, "bits_per_dim", argv, rows, frames=arguments.frames, held_out=HELD, batch=BATCH, learning_rates=RATES)
     return 0
 
 

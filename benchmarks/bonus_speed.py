@@ -2,29 +2,22 @@
 
     python -m benchmarks.bonus_speed --out benchmarks/results/bonus_speed.json
 
-Both are processes that live through all pairs and wait, idle, while the other trains. 16 environments, the configurations' own defaults.
+Both are processes that live through all pairs (`benchmarks.turns`). 16 environments, the configurations' own defaults.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import shlex
-import statistics
 import sys
-import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from agents.loop import play
-from benchmarks.sb3_speed import OUTSIDE, Worker
-from envs.cpus import usable_cpus
+from benchmarks.record import record
+from benchmarks.turns import OUTSIDE, Worker, serve, summary, take_turns
 from lab.configure import compose, plain
 from lab.run import make_agent, make_env
 
@@ -41,51 +34,20 @@ def words_of(kind: str) -> list[str]:
     return ["agent=a3c_plus", "bonus=rnd" if kind == "rnd" else f"density={kind}"]
 
 
-def serve(kind: str, game: str) -> None:
-    """Trains as many agent steps as each line of input says, and prints what they took."""
+def work(kind: str, game: str) -> None:
+    """One side."""
     torch.manual_seed(0)
     device, settings = torch.device("cpu"), plain(compose([f"env={game}", *words_of(kind)]))
     env = make_env(settings, NUM_ENVS, device)
     agent, _ = make_agent(settings, env.spec, device)
-    ticks = play(env, agent, 10**12, seed=0)
-    print(json.dumps({"torch_threads": torch.get_num_threads()}), flush=True)
-    for line in sys.stdin:
-        count, began, busy = -(-int(line) // NUM_ENVS), time.perf_counter(), time.process_time()
-        for _ in range(count):
-            next(ticks)
-        seconds, busy = time.perf_counter() - began, time.process_time() - busy
-        print(json.dumps({"steps": count * NUM_ENVS, "seconds": seconds, "cpu_seconds": busy}), flush=True)
+    serve(play(env, agent, 10**12, seed=0), NUM_ENVS, {"torch_threads": torch.get_num_threads()}, lambda: 0)
 
 
 def measure(kind: str, game: str, pairs: int, seconds: float) -> dict[str, Any]:
-    """One row: median rates, and the median ratio (with the bonus to without) over `pairs` of turns of about `seconds`."""
+    """One row: median rates and ratios (with the bonus to without) over `pairs` of turns of about `seconds`."""
     command = [sys.executable, "-m", "benchmarks.bonus_speed", "--game", game, "--serve"]
     workers = [Worker([*command, name], OUTSIDE) for name in (kind, "none")]
-    try:
-        block, steps = 50 * NUM_ENVS, []
-        for worker in workers:
-            worker.train(block)
-            warm = worker.train(block)
-            steps.append(max(1, round(seconds * warm["steps"] / warm["seconds"] / block)) * block)
-        rates, work = [], []
-        for pair in range(pairs):
-            turns = {who: workers[who].train(steps[who]) for who in ((0, 1) if pair % 2 == 0 else (1, 0))}
-            rates.append([turns[who]["steps"] / turns[who]["seconds"] for who in (0, 1)])
-            work.append([1e6 * turns[who]["cpu_seconds"] / turns[who]["steps"] for who in (0, 1)])
-    finally:
-        for worker in workers:
-            worker.close()
-    ratios = [ours / plain_rate for ours, plain_rate in rates]
-    return {
-        "bonus": kind,
-        "game": game,
-        "ratio_median": round(statistics.median(ratios), 3),
-        "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
-        "steps_per_second": round(statistics.median(pair[0] for pair in rates)),
-        "steps_per_second_without": round(statistics.median(pair[1] for pair in rates)),
-        "cpu_us_per_step": [round(statistics.median(pair[who] for pair in work)) for who in (0, 1)],
-        "pairs": pairs,
-    }
+    return {"bonus": kind, "game": game, **summary(take_turns(workers, pairs, seconds, 50 * NUM_ENVS))}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,28 +62,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--game", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.serve:
-        serve(arguments.serve, arguments.game)
+        work(arguments.serve, arguments.game)
         return 0
-    load, rows = os.getloadavg()[0], []
+    rows = []
     print(f"{'bonus':12s} {'game':10s} {'steps/s':>8s} {'without':>8s} {'ratio':>6s}  range")
     for kind in arguments.bonuses:
         for game in arguments.games:
             row = measure(kind, game, arguments.pairs, arguments.seconds)
             low, high = row["ratio_range"]
-            rates = f"{row['steps_per_second']:8,d} {row['steps_per_second_without']:8,d}"
+            rates = f"{row['steps_per_second']:8,d} {row['others_steps_per_second']:8,d}"
             print(f"{kind:12s} {game:10s} {rates} {row['ratio_median']:6.2f}  {low:.2f}-{high:.2f}", flush=True)
             rows.append(row)
-    if arguments.out:
-        facts = {
-            "command": shlex.join(["python", "-m", "benchmarks.bonus_speed", *(sys.argv[1:] if argv is None else argv)]),
-            "goal_cts": GOAL,
-            "usable_cpus": usable_cpus(),
-            "load_before": load,
-            "outside_the_code": OUTSIDE,
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "ale-py", "numba")}},
-        }
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")
+    record(arguments.out, "bonus_speed", argv, rows, goal_cts=GOAL, outside_the_code=OUTSIDE)
     return int(any(row["ratio_median"] < GOAL for row in rows if row["bonus"] == "cts"))
 
 

@@ -9,14 +9,9 @@ resizing, no vector environment. Frames are those of random play, shrunk to 42x4
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +19,7 @@ import torch
 from ale_py import ALEInterface, LoggerMode, roms
 
 from agents.bonus import density_shape, shrink_frames
+from benchmarks.record import record
 from envs.atari import GAMES, AtariEnv
 from envs.protocols import PROTOCOLS
 from generative.cts import CTS
@@ -100,7 +96,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="a JSON file for the result")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    load = os.getloadavg()[0]
     print("game              batch  frames/s  emulator steps/s  frames an agent step (least)")
     rows = []
     for game in arguments.games:
@@ -109,16 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             share = f"{row['frames_per_agent_step_median']:.2f} ({row['frames_per_agent_step_least']:.2f})"
             print(f"{game:17} {batch:5} {row['frames_per_second']:9,} {row['emulator_agent_steps_per_second']:17,}  {share}", flush=True)
             rows.append(row)
-    if arguments.out:
-        facts = {
-            "command": " ".join(["python -m benchmarks.cts_speed", *(argv if argv is not None else sys.argv[1:])]),
-            "goal_frames_per_agent_step": GOAL,
-            "hardware": {"processor": platform.machine(), "threads": 1, "load_before": load},
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "numba", "ale-py")}},
-            "rows": rows,
-        }
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(facts, indent=2) + "\n")
+    record(arguments.out, "cts_speed", argv, rows, goal_frames_per_agent_step=GOAL, threads=1)
     return int(any(row["frames_per_agent_step_median"] < GOAL for row in rows if row["batch"] >= 8))
 
 

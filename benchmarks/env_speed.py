@@ -9,14 +9,9 @@ both; each pair of turns gives one ratio, and the median counts.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +20,8 @@ import torch
 from ale_py import AtariVectorEnv
 from gymnasium.vector import AutoresetMode
 
+from benchmarks.record import record
 from envs.atari import GAMES, OBS_MODES, AtariEnv
-from envs.cpus import usable_cpus
 from envs.protocols import PROTOCOLS
 
 REQUIRED_RATIO = 0.9
@@ -115,20 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             speeds = f"{row['frames_per_second']:9d} {row['bare_frames_per_second']:9d}"
             print(f"{game:16s} {obs:11s} {speeds} {row['ratio_median']:6.3f}  {low:.3f}-{high:.3f}", flush=True)
             rows.append(row)
-    if arguments.out:
-        result = {
-            "command": shlex.join(["python", "-m", "benchmarks.env_speed", *(sys.argv[1:] if argv is None else argv)]),
-            "required_ratio_grey84": REQUIRED_RATIO,
-            "hardware": {
-                "processor": platform.machine(),
-                "usable_cpus": usable_cpus(),
-                "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
-            },
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "ale-py", "numpy")}},
-            "rows": rows,
-        }
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    facts = {"required_ratio_grey84": REQUIRED_RATIO, "device": arguments.device}
+    record(arguments.out, "env_speed", argv, rows, ("torch", "ale-py", "numpy"), **facts)
     return int(any(row["ratio_median"] < REQUIRED_RATIO for row in rows if row["obs"] == "grey84"))
 
 

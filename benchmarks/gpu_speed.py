@@ -9,22 +9,18 @@ defaults, but that learning starts at once.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import shlex
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from agents.loop import play
-from envs.cpus import usable_cpus
+from benchmarks.record import record
 from lab.configure import compose, plain
 from lab.run import make_agent, make_env
 
@@ -116,16 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rates = f"{row['steps_per_second']:8,d} {row['of_published']:8.2f}"
                 print(f"{name:10s} {num_envs:5d} {capture!s:>8s} {rates} {row['gpu_share'] or 0:5.2f}  {row['shares']}", flush=True)
                 rows.append(row)
-    if arguments.out:
-        facts = {
-            "command": shlex.join(["python", "-m", "benchmarks.gpu_speed", *(sys.argv[1:] if argv is None else argv)]),
-            "published": PUBLISHED,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-            "usable_cpus": usable_cpus(),
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "ale-py", "numba")}},
-        }
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")
+    record(arguments.out, "gpu_speed", argv, rows, published=PUBLISHED, device=arguments.device)
     return 0
 
 

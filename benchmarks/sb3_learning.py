@@ -3,7 +3,7 @@
     python -m benchmarks.sb3_learning --sb3-python /path/to/venv/bin/python --out benchmarks/results/sb3_learning.json
 
 Every run trains until the last 200 episodes score 0.9 on average (1 is perfect) or its budget is spent, with the settings that
-`benchmarks.sb3_speed` and `benchmarks.dqn_speed` time. Both sides play our own Catch, four frames stacked; the rival wears it as a
+`benchmarks.sb3_speed` times. Both sides play our own Catch, four frames stacked; the rival wears it as a
 VecEnv. One thread a run; the figure is frames, not seconds.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -51,7 +50,7 @@ def ours(name: str, precision: str, seed: int) -> int | None:
     from agents.actor_critic import ActorCritic
     from agents.dqn import DQN
     from agents.loop import play
-    from benchmarks.dqn_speed import KINDS, OURS
+    from benchmarks.sb3_speed import OURS_DQN
     from envs.toy import Catch
 
     device = torch.device("cpu")
@@ -60,7 +59,7 @@ def ours(name: str, precision: str, seed: int) -> int | None:
     if name == "a3c":
         agent: ActorCritic | DQN = ActorCritic(env.spec, device, precision=precision)
     else:
-        knobs = OURS | KINDS["plain"] | {"learning_starts_frames": LEARNING_STARTS, "update_frames": 4, "target_frames": TARGET_FRAMES}
+        knobs = OURS_DQN | {"learning_starts_frames": LEARNING_STARTS, "update_frames": 4, "target_frames": TARGET_FRAMES}
         agent = DQN(env.spec, device, precision=precision, **knobs)
     for tick in play(env, agent, BUDGET[name], seed):
         if scores.add(tick.after.reward, tick.after.last):
@@ -153,12 +152,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if not arguments.sb3_python:
         parser.error("--sb3-python names the interpreter of a venv with stable-baselines3")
-    from benchmarks.dqn_speed import RIVAL
-    from benchmarks.sb3_speed import SETTINGS
+    from benchmarks.record import record
+    from benchmarks.sb3_speed import RIVALS_DQN, SETTINGS
 
     rivals_knobs = {
         "a3c": SETTINGS["a3c"]["rival"],
-        "dqn": RIVAL | {"learning_starts": LEARNING_STARTS, "target_update_interval": TARGET_FRAMES},
+        "dqn": RIVALS_DQN | {"learning_starts": LEARNING_STARTS, "target_update_interval": TARGET_FRAMES},
     }
     rows, one_thread = [], os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
     for name in arguments.agents:
@@ -174,11 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 {"agent": name, "side": side, "frames_to_score": frames, "median": statistics.median(spent), "budget": BUDGET[name]}
             )
             print(f"{name} {side:8s} {frames}", flush=True)
-    if arguments.out:
-        command = shlex.join(["python", "-m", "benchmarks.sb3_learning", *(sys.argv[1:] if argv is None else argv)])
-        result = {"command": command, "game": "Catch 7x7 in 84x84", "score": SCORE, "episodes": EPISODES, "rows": rows}
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    record(arguments.out, "sb3_learning", argv, rows, ("torch", "numpy"), game="Catch 7x7 in 84x84", score=SCORE, episodes=EPISODES)
     medians = {(row["agent"], row["side"]): row["median"] for row in rows}
     return int(any(medians[name, side] > 2 * medians[name, "sb3"] for name, side in medians))
 

@@ -160,7 +160,9 @@ class StackedNet(nn.Module):
         sides = [first_kernel] + [kernel] * (blocks - 1)
         self.reach = sum(side // 2 for side in sides)
         self.planes = planes
-        self.layers = nn.ModuleList([StackedLayer(planes if index else levels, planes, side, not index) for index, side in enumerate(sides)])
+        self.layers = nn.ModuleList(
+            [StackedLayer(planes if index else levels, planes, side, not index) for index, side in enumerate(sides)]
+        )
         self.head = nn.Sequential(nn.ReLU(), nn.Conv2d(planes, head_planes, 1), nn.ReLU(), nn.Conv2d(head_planes, levels, 1))
 
     def see(self, shown: Tensor) -> Tensor:

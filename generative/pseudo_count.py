@@ -34,8 +34,7 @@ def pseudo_count(recoding: Recoding) -> Tensor:
 
 def pseudo_total(recoding: Recoding) -> Tensor:
     """n = (1 - rho') / (rho' - rho), float64 (B): the number of frames that the density acts as if it had seen in all."""
-    before, after = recoding.before.double().exp(), recoding.after.double().exp()
-    return (1 - after) / (after - before).clamp(min=0)
+    return pseudo_count(recoding) / recoding.before.double().exp()
 
 
 def scaled_count(recoding: Recoding, scale: float, frames_seen: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from agents.bonus import Bonus, CountBonus, NonFiniteBonus, density_shape, shrink_frames
 from agents.distillation import RandomNetworkDistillation
 from envs.api import UserError
+from envs.area import shrink
 from generative.api import Recoding
 from generative.cts import CTS
 
@@ -123,6 +124,10 @@ def test_frames_are_shrunk_by_area():
     expected = frames.view(3, 1, 42, 2, 42, 2).double().mean((3, 5)).round()
     assert density_shape((1, 84, 84)) == (1, 42, 42)
     assert torch.equal(shrink_frames(frames, (1, 42, 42)), expected.to(torch.uint8))
+    for height, width in ((64, 64), (210, 160), (43, 42)):
+        noise = torch.randint(256, (2, 1, height, width), dtype=torch.uint8)
+        whole = torch.stack([torch.from_numpy(shrink(frame[0].numpy(), 42, 42)) for frame in noise]).unsqueeze(1)
+        assert (shrink_frames(noise, (1, 42, 42)).int() - whole.int()).abs().max() <= 1  # ties
     colour = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     colour[:, 1] = 200
     assert shrink_frames(colour, density_shape((3, 64, 64))).unique().tolist() == [round(200 * 0.587)]

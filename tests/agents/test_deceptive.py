@@ -25,7 +25,7 @@ DENSITIES = {
     "pixelcnn": lambda shape: PixelCNN(shape, 2, CPU),
     "nade": lambda shape: NADE(shape, 2, CPU),
 }
-SCALES = {"cts": 0.2, "hash_counts": 0.2, "pixelcnn": 10.0, "nade": 3.0, "rnd": 0.2}
+SCALES = {"cts": 0.2, "hash_counts": 0.2, "pixelcnn": 10.0, "nade": 6.0, "rnd": 0.2}
 TRAPPED = {"none": 0.0, "constant": 0.005, "constant, large": 0.2}
 
 

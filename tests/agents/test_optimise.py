@@ -81,6 +81,16 @@ def test_centred_rule_is_that_of_its_docstring(check_updates):
         assert float(layer.weight.detach()) == pytest.approx(parameter, rel=1e-5)
 
 
+@pytest.mark.parametrize("check_updates", CHECKS)
+def test_the_centred_rule_outlives_a_constant_gradient(check_updates):
+    torch.manual_seed(0)
+    layer, gradient = nn.Linear(20_000, 1, bias=False), 30 * torch.rand(1, 20_000)
+    optimiser = FlatOptimiser(layer, "rmsprop_centred", 2.5e-4, decay=0.95, epsilon=0.01 / 32**2, check_updates=check_updates)
+    for _ in range(400):  # the mean of squares falls below the square of the mean, by rounding
+        optimiser.minimise(layer(gradient).sum())
+    assert layer.weight.isfinite().all()
+
+
 def test_a_learning_rate_given_with_an_update_holds_for_it_alone():
     layer = nn.Linear(1, 1, bias=False)
     optimiser = FlatOptimiser(layer, "rmsprop", 0.1, decay=0.0, epsilon=1e-8)
