@@ -6,7 +6,7 @@ import sys
 import pytest
 from fake_envpool import FakeEnvPool
 
-from benchmarks import backends
+from benchmarks import backends, record
 from envs.api import UserError
 
 SHORT = ["--num-envs", "1", "2", "--num-threads", "1", "2", "--pairs", "2", "--lane-steps", "6"]
@@ -14,7 +14,7 @@ SHORT = ["--num-envs", "1", "2", "--num-threads", "1", "2", "--pairs", "2", "--l
 
 def test_the_benchmark_writes_its_table(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "envpool", FakeEnvPool())
-    monkeypatch.setattr(backends, "version", lambda name: "1.0")
+    monkeypatch.setattr(record, "version", lambda name: "1.0")
     out = tmp_path / "backends.json"
     assert backends.main([*SHORT, "--out", str(out)]) == 0
     result = json.loads(out.read_text())
