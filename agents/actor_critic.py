@@ -252,7 +252,7 @@ class ActorCritic:
     def required_bytes(self, steps: int) -> int:
         """Network, optimiser and bonus. A rollout's few frames are not counted."""
         network = 16 * self.optimiser.master.numel() if steps else 0
-        return network + (self.bonus.required_bytes() if self.bonus is not None else 0)
+        return network + (self.bonus.required_bytes(steps) if self.bonus is not None else 0)
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {"frames": self.frames, "optimiser": self.optimiser.state_dict()}

@@ -39,8 +39,8 @@ class Bonus(Protocol):
     def metrics(self) -> Metrics:
         """What came since the last call; empty where nothing did."""
 
-    def required_bytes(self) -> int:
-        """Bytes that its memory takes at most."""
+    def required_bytes(self, frames: int) -> int:
+        """An upper bound of the bytes that its memory takes after so many frames."""
 
     def state_dict(self) -> dict[str, Any]:
         """Everything with memory."""
@@ -135,6 +135,8 @@ class CountBonus:
             raise UserError(
                 f"the density {name} gives a bound, from which no count follows; say bonus.allow_bound=true to use it all the same"
             )
+        if form == "gain" and torch.isneginf(density.log_prob(torch.zeros(1, *density.obs_shape, dtype=torch.uint8))).any():
+            raise UserError(f"bonus=gain needs a density that holds no frame impossible; {type(density).__name__} gives new ones log 0")
         if gain_scale is None:
             gain_scale = GRADIENT_GAIN_SCALE if isinstance(density, Trainable) else 0.0
         self.density, self.exact = density, density.exact
@@ -162,8 +164,9 @@ class CountBonus:
     def metrics(self) -> Metrics:
         return self._meter.metrics()
 
-    def required_bytes(self) -> int:
-        return int(getattr(self.density, "nbytes", 0))
+    def required_bytes(self, frames: int) -> int:
+        grows = getattr(self.density, "required_bytes", None)
+        return int(grows(frames) if grows else getattr(self.density, "nbytes", 0))
 
     def state_dict(self) -> dict[str, Any]:
         return {"seen": self._seen, "density": dict(self.density.state_dict())}

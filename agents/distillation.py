@@ -72,7 +72,7 @@ class RandomNetworkDistillation:
     def metrics(self) -> Metrics:
         return self._meter.metrics()
 
-    def required_bytes(self) -> int:
+    def required_bytes(self, frames: int) -> int:
         return 4 * 4 * sum(parameter.numel() for parameter in self._predictor.parameters())
 
     def state_dict(self) -> dict[str, Any]:
@@ -95,10 +95,16 @@ class RandomNetworkDistillation:
 
 
 def _network(shape: tuple[int, int, int], features: int, deeper: bool) -> nn.Sequential:
-    """float (B, 1, h, w) -> (B, features): two strided convolutions, and for the predictor two hidden layers more."""
-    _, height, width = shape
-    layers: list[nn.Module] = [nn.Conv2d(1, 16, 4, 2, 1), nn.LeakyReLU(), nn.Conv2d(16, 32, 4, 2, 1), nn.LeakyReLU(), nn.Flatten()]
-    size = 32 * (height // 4) * (width // 4)
+    """float (B, 1, h, w) -> (B, features): two strided convolutions, and for the predictor two hidden layers more. Where a side has one
+    pixel, a convolution strides no more."""
+    channels, height, width = shape
+    layers: list[nn.Module] = []
+    for outputs in (16, 32):
+        kernel, stride = (4, 2) if min(height, width) >= 2 else (3, 1)
+        layers += [nn.Conv2d(channels, outputs, kernel, stride, 1), nn.LeakyReLU()]
+        channels, height, width = outputs, (height + 2 - kernel) // stride + 1, (width + 2 - kernel) // stride + 1
+    layers.append(nn.Flatten())
+    size = channels * height * width
     if deeper:
         layers += [nn.Linear(size, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU()]
         size = HIDDEN

@@ -259,7 +259,7 @@ class DQN:
     def required_bytes(self, steps: int) -> int:
         """Replay, networks, optimiser and bonus. What does not fit on a GPU beside the networks lies in the host's memory."""
         networks = sum(parameter.numel() for parameter in self.online.parameters()) * 24 if steps else 0
-        return self.replay.required_bytes(steps) + networks + (self.bonus.required_bytes() if self.bonus is not None else 0)
+        return self.replay.required_bytes(steps) + networks + (self.bonus.required_bytes(steps) if self.bonus is not None else 0)
 
     def state_dict(self) -> dict[str, Any]:
         self._remember()

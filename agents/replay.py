@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from agents.reserve import reserve
 from agents.returns import returns
 from envs.api import UserError
 
@@ -132,13 +133,12 @@ class Replay:
             least = lanes * self._least(self.n_steps, self.stack_frames)
             raise UserError(f"agent.capacity must be at least {least} for {lanes} environments, got {self.capacity}")
         slots = lanes * self.ring
-        # Of memory that is never written the host takes none, so nothing is filled with zeros but the frame that stands for "before".
-        self._frames = torch.empty(slots + 1, *self.obs_shape, dtype=torch.uint8, device=self.memory_device)
-        self._frames[slots] = 0
-        self._fields = {name: torch.empty(slots, dtype=dtype, device=self.memory_device) for name, dtype in self._dtypes().items()}
-        self._ages = np.empty((lanes, self.ring), np.uint8)  # frames of the episode before this one, K - 1 at most
-        self._spans = np.empty((lanes, self.ring), np.uint8)  # steps to the state that the target bootstraps from
-        self._ready = np.empty((lanes, self.ring), np.int64)  # a queue for each lane of the steps that may be sampled, oldest first
+        self._frames = self._take((slots + 1, *self.obs_shape), torch.uint8)  # the last one is blank: it stands for "before"
+        self._fields = {name: self._take((slots,), dtype) for name, dtype in self._dtypes().items()}
+        per_lane = (lanes, self.ring)
+        self._ages = reserve(per_lane, torch.uint8).numpy()  # frames of the episode before this one, K - 1 at most
+        self._spans = reserve(per_lane, torch.uint8).numpy()  # steps to the state that the target bootstraps from
+        self._ready = reserve(per_lane, torch.int64).numpy()  # a queue for each lane of the steps that may be sampled, oldest first
         self._first = np.zeros(lanes, np.int64)  # of the queue
         self._past = np.zeros(lanes, np.int64)  # the queue's last, plus one
         self._written = np.zeros(lanes, np.int64)  # slots written since the beginning; the slot is this modulo the ring
@@ -147,6 +147,12 @@ class Replay:
         self._age = np.zeros(lanes, np.int64)  # frames of the open episode so far
         self._lane = np.arange(lanes)
         self._due: Closing | None = None
+
+    def _take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Zeros where frames and numbers lie."""
+        if self.memory_device.type == "cpu":
+            return reserve(shape, dtype)
+        return torch.zeros(shape, dtype=dtype, device=self.memory_device)
 
     def __len__(self) -> int:
         """Slots that may be sampled."""

@@ -74,11 +74,11 @@ class EnvPoolAtari:
             raise UserError(f"num_envs must be at least 1, got {num_envs}")
         if num_threads < 0:
             raise UserError(f"num_threads must be 0 (all usable processors) or more, got {num_threads}")
-        self.spec = Emulator(game, protocol, obs).spec  # EnvPool counts its actions but does not name them
         self.num_envs = num_envs
         self.protocol = protocol
         self.num_threads = min(num_threads or usable_cpus(), num_envs)
         self._make, self._task = _envpool().make_gymnasium, task
+        self.spec = Emulator(game, protocol, obs).spec  # EnvPool counts its actions but does not name them
         channels, height, width = self.spec.obs_shape
         self._knobs: dict[str, Any] = {
             "num_envs": num_envs,

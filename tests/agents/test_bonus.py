@@ -10,6 +10,7 @@ from envs.api import UserError
 from envs.area import shrink
 from generative.api import Recoding
 from generative.cts import CTS
+from generative.hash_counts import HashCounts
 
 
 class Empirical:
@@ -31,7 +32,7 @@ class Empirical:
         return Recoding(*torch.tensor(rows, dtype=torch.float64).unbind(1))
 
     def log_prob(self, frames):
-        raise NotImplementedError
+        return torch.zeros(len(frames))
 
     def state_dict(self):
         return {}
@@ -142,7 +143,24 @@ def test_context_trees_resume_within_a_bonus():
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     assert torch.equal(first(frames[20:]), second(frames[20:]))
     assert isinstance(first, Bonus)
-    assert first.required_bytes() == first.density.nbytes
+    assert first.required_bytes(10**9) == first.density.nbytes
+
+
+def test_memory_of_a_density_that_grows_is_told_for_all_frames():
+    bonus = CountBonus((1, 16, 16), "cpu", HashCounts((1, 16, 16), 2, "cpu", bits=64))
+    assert bonus.required_bytes(10**6) - bonus.required_bytes(0) >= 16 * 10**6
+
+
+def test_gain_is_refused_of_a_density_that_holds_new_frames_impossible():
+    with pytest.raises(UserError, match="bonus=gain needs a density that holds no frame impossible; HashCounts"):
+        CountBonus((1, 8, 8), "cpu", HashCounts((1, 8, 8), 2, "cpu"), form="gain")
+    CountBonus((1, 8, 8), "cpu", CTS(8, 8), form="gain")
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 5, 7, 42])
+def test_distillation_takes_frames_of_any_size(side):
+    bonus = RandomNetworkDistillation((1, side, side + 1), "cpu")
+    assert bonus(torch.randint(256, (4, 1, side, side + 1), dtype=torch.uint8)).isfinite().all()
 
 
 def test_distillation_pays_less_for_what_it_has_seen():

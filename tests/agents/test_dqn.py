@@ -195,7 +195,7 @@ class FrameBonus:
     def metrics(self):
         return {"bonus/mean": float(len(self.seen))}
 
-    def required_bytes(self):
+    def required_bytes(self, frames):
         return 1000
 
     def state_dict(self):

@@ -253,6 +253,20 @@ def test_memory_that_is_not_written_is_not_taken():
     assert process.memory_info().rss - before < 300e6
 
 
+def test_a_ring_larger_than_memory_is_promised_and_one_beyond_addresses_refused():
+    import psutil
+
+    obs = torch.zeros(1, 1, 84, 84, dtype=torch.uint8)
+    step = obs, torch.zeros(1, dtype=torch.int64), torch.ones(1), torch.ones(1), None, obs
+    memory = replay(4 * psutil.virtual_memory().total // 7100, 4, 1, False, obs_shape=(1, 84, 84))
+    for _ in range(3):
+        memory.append(*step)
+    assert memory.sample(4).reward.tolist() == [1.0] * 4
+    for capacity in (10**15, 10**30):
+        with pytest.raises(UserError, match="more than this machine can address"):
+            replay(capacity, 4, 1, False, obs_shape=(1, 84, 84)).append(*step)
+
+
 def test_a_checkpoint_links_what_has_not_changed(tmp_path, monkeypatch):
     """What was written stays in its place, so of a memory that grew or turned only new chunks are written."""
     from lab import checkpoint, checkpoint_files
