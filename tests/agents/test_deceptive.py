@@ -1,7 +1,7 @@
 """Exploration on a toy with a known trap: who is not drawn to what is new settles for the small reward at hand.
 
-The same agent throughout; only the bonus and its scale differ. `job=bench bench=deceptive` draws it. All episodes last equally long: a
-constant bonus leads nowhere.
+The same agent throughout; only the bonus and its scale differ. `job=bench bench=deceptive` draws it. All episodes last equally long, so a
+constant bonus speaks for neither reward: a small one leads nowhere, a large one adds noise, by which a seed may get out.
 """
 
 import pytest
@@ -27,6 +27,8 @@ DENSITIES = {
 }
 SCALES = {"cts": 0.2, "hash_counts": 0.2, "pixelcnn": 10.0, "nade": 6.0, "rnd": 0.2}
 TRAPPED = {"none": 0.0, "constant": 0.005, "constant, large": 0.2}
+ESCAPES = {"none": 0, "constant": 0, "constant, large": 2}  # at most, of ten
+FOUND = (SMALL + LARGE) / 2  # most episodes end at the large reward
 
 
 class Constant:
@@ -74,7 +76,8 @@ def one_thread():
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", TRAPPED)
 def test_without_novelty_the_trap_holds(name):
-    assert [score(name, seed) for seed in range(10)] == pytest.approx([SMALL] * 10, abs=0.01)
+    scores = [score(name, seed) for seed in range(10)]
+    assert sum(found > SMALL + 0.01 for found in scores) <= ESCAPES[name], scores
 
 
 @pytest.mark.slow
@@ -82,7 +85,7 @@ def test_without_novelty_the_trap_holds(name):
 @pytest.mark.parametrize("name", SCALES)
 def test_with_a_bonus_the_large_reward_is_found(name):
     scores = [score(name, seed) for seed in range(10)]
-    assert sum(found > 0.9 for found in scores) >= 9, scores
+    assert sum(found > FOUND for found in scores) >= 9, scores
 
 
 @pytest.mark.usefixtures("one_thread")
