@@ -159,6 +159,8 @@ def _check_knob(name: str, key: str, value: Any) -> None:
         _check_type(name, value, "float" if key == "learning_rate" else "int")
         if not 0 < value < float("inf") or (key != "learning_rate" and value > MOST):
             raise UserError(f"{name} must be above 0 and at most 2^48, got {value}")
+        if key == "num_envs" and value > MOST_LANES:
+            raise UserError(f"{name} must be at most {MOST_LANES}, got {value}")
 
 
 def _one_line(trouble: Exception, configs: Path) -> str:

@@ -62,6 +62,8 @@ def refused(capsys, *words: str) -> str:
         (["fit.updates=-1"], "fit.updates"),
         (["fit.updates=2.5"], "fit.updates must be a whole number"),
         (["fit.batch_size=many"], "fit.batch_size must be a whole number"),
+        (["evaluation.num_envs=100_000_000_000"], "evaluation.num_envs must be at most 65536"),
+        (["job=evaluate", "run=/nowhere", "evaluation.num_envs=65_537"], "evaluation.num_envs must be at most 65536"),
         (["evaluation.num_envs=two"], "evaluation.num_envs must be a whole number"),
         (["evaluation.episodes_per_lane=1.5"], "evaluation.episodes_per_lane must be a whole number"),
         (["evaluation.video=maybe"], "evaluation.video must be true or false"),
