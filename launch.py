@@ -9,6 +9,7 @@ import sys
 from types import FrameType
 
 INTERRUPTED = 130
+SMALLER = "; lower agent.batch_size, fit.batch_size, num_envs or whatever else is large"
 # Threads of OpenMP that have nothing to do sleep sooner (libgomp's default is up to a million turns) and leave the processors to the
 # emulators' threads. Read when torch is loaded, which happens further down.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _start(words: list[str]) -> int:
     from envs.api import UserError
-    from lab.configure import compose, explain
+    from lab.configure import compose, explain, within_memory
 
     if any(word in ("-h", "--help", "help") for word in words):
         print(explain(), flush=True)
@@ -41,7 +42,8 @@ def _start(words: list[str]) -> int:
     try:
         cfg = compose(words)
         job = importlib.import_module(f"lab.{cfg.job}")
-        return job.run(cfg) or 0
+        with within_memory(f"job={cfg.job}", SMALLER):
+            return job.run(cfg) or 0
     except UserError as mistake:
         return _refuse(str(mistake))
 

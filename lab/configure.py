@@ -6,6 +6,8 @@ import difflib
 import importlib
 import inspect
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ WANDB_MODES = ("auto", "online", "offline", "off")
 PATHS = ("runs_dir", "run_name", "data", "run", "fit.path")
 MOST = 2**48  # of any count
 MOST_LANES = 65_536
+NO_MEMORY = re.compile(r"allocate|out of memory|ALLOC_FAILED|overflow", re.IGNORECASE)  # as torch says it
 MODEL_JOBS = ("encoder", "density", "simulator", "planner")
 
 
@@ -206,12 +209,20 @@ def build(node: Any, what: str, **given: Any) -> Any:
         if key not in parameters or key in given:
             raise UserError(f"{what} takes no {what}.{key}; it takes {', '.join(k for k in parameters if k not in given)}")
         _check_type(f"{what}.{key}", value, str(parameters[key].annotation))
-    try:
+    with within_memory(what, f"; lower what is large of {what}.*"):
         return target(**knobs, **{key: value for key, value in given.items() if key in parameters})
-    except (MemoryError, RuntimeError) as trouble:
-        if isinstance(trouble, MemoryError) or "memory" in str(trouble):
-            raise UserError(f"{what} does not fit into memory: {' '.join(str(trouble).split())[:200]}") from trouble
-        raise
+
+
+@contextmanager
+def within_memory(what: str, advice: str = "") -> Iterator[None]:
+    """Makes one line, a UserError, of an allocation that fails, or of a size that no allocation can have."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, TypeError) as trouble:
+        text = " ".join(str(trouble).split())
+        if not isinstance(trouble, MemoryError) and not NO_MEMORY.search(text):
+            raise
+        raise UserError(f"{what} does not fit into memory{advice}: {text[:200]}") from trouble
 
 
 def constructor_keys(node: Any, what: str) -> tuple[str, ...]:
@@ -243,6 +254,8 @@ def _check_type(key: str, value: Any, annotation: str) -> None:
     known = [kind for kind in kinds if kind in fits]
     if known and not any(fits[kind] for kind in known):
         raise UserError(f"{key} must be {' or '.join(words[kind] for kind in known)}, got {value!r}")
+    if fits["int"] and abs(value) > MOST:
+        raise UserError(f"{key} must be at most 2^48, got {value}")
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import launch
-from lab.configure import CONFIGS, compose
+from lab.configure import CONFIGS, compose, within_memory
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["wandb=off", "frames=640", "frames_per_iteration=320", "log_frames=64", "num_envs=4"]
@@ -85,6 +85,9 @@ def refused(capsys, *words: str) -> str:
         (["fit=null"], "fit"),
         (["env=Catch", "agent._target_=nope.Nope"], "nope"),
         (["env=Catch", "encoder.features=10_000_000_000_000"], "memory"),
+        (["env=Catch", "agent=a3c_plus", "density=pixelcnn", "density.planes=1_000_000_000"], "density does not fit into memory"),
+        (["env=Catch", "agent=a3c_plus", "density=pixelcnn", "density.planes=16_000_000_000"], "density does not fit into memory"),
+        (["env=Catch", "encoder.features=100_000_000_000_000_000_000"], "encoder.features must be at most 2^48"),
         (["job=collect", "env=Catch", "data="], "data"),
         (["job=collect", "env=Catch", "data=null"], "data"),
         (["job=bench", "bench.runs=[3]"], "runs"),
@@ -112,6 +115,19 @@ def test_mistakes_are_one_line(words, expected, capsys, tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what the mistake is about")
 def test_device_that_is_not_there(capsys):
     assert "CUDA" in refused(capsys, "env=Catch", "device=cuda")
+
+
+def test_batch_beyond_memory_is_one_line(capsys, tmp_path):
+    frames, small = tmp_path / "frames", ["agent.capacity=500", "agent.learning_starts_frames=16", "agent.update_frames=8"]
+    assert launch.main(["job=collect", "env=Catch", "frames=64", f"data={frames}"]) == 0
+    fit = ["job=fit", "model=nade", f"data={frames}", "fit.batch_size=1_000_000_000_000"]
+    for words in (fit, ["env=Catch", "agent=dqn", *small, *SHORT, "agent.batch_size=100_000_000_000"]):
+        assert words[-1].split("=")[0] in refused(capsys, *words, "wandb=off", f"runs_dir={tmp_path}")
+
+
+def test_failures_that_are_not_of_memory_are_not_called_so():
+    with pytest.raises(RuntimeError, match="contiguous"), within_memory("agent"):
+        raise RuntimeError("Unsupported memory format: contiguous")
 
 
 def test_capacity_beyond_memory_tells_the_bytes(capsys, tmp_path):
