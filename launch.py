@@ -34,7 +34,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _start(words: list[str]) -> int:
     from envs.api import UserError
-    from lab.configure import compose, explain, within_memory
+    from lab.configure import compose, within_memory
+    from lab.explain import explain
 
     if any(word in ("-h", "--help", "help") for word in words):
         print(explain(), flush=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 import torch
 
 import launch
-from lab.configure import CONFIGS, compose, within_memory
+from generative.api import Density, Encoder, Trainable
+from lab.configure import CONFIGS, build, compose, within_memory
+from lab.folder import parse_yaml
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["wandb=off", "frames=640", "frames_per_iteration=320", "log_frames=64", "num_envs=4"]
@@ -155,6 +158,29 @@ def test_help_explains_itself(capsys):
         "frames_per_iteration",
     ):
         assert word in text
+
+
+def test_help_lists_every_key_of_every_option(capsys):
+    assert launch.main(["--help"]) == 0
+    listed = set(re.findall(r"^  ([a-z][\w.]*):", capsys.readouterr().out, re.MULTILINE))
+    for path in CONFIGS.rglob("*.yaml"):
+        group = path.parent.name
+        if group == "experiment":
+            continue
+        prefixes = {"job": [""], "configs": [""], "model": ["encoder.", "density."]}.get(group, [f"{group}."])
+        for key in parse_yaml(path.read_text()).keys() - {"defaults", "job", "game", "_target_", "evaluation", "fit"}:
+            assert any(f"{prefix}{key}" in listed for prefix in prefixes), f"{path}: {key}"
+    assert {"fit.heldout", "fit.path", "evaluation.before", "data", "run"} <= listed
+
+
+def test_help_offers_models_for_what_they_can_do(capsys):
+    assert launch.main(["--help"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.startswith(("encoder ", "density ", "model "))}
+    for path in (CONFIGS / "model").glob("*.yaml"):
+        node = parse_yaml(path.read_text())
+        model = build(node, "model", obs_shape=(1, 84, 84), num_actions=2, device=torch.device("cpu"))
+        for group, kind in {"encoder": Encoder, "density": Density, "model": Trainable}.items():
+            assert isinstance(model, kind) == (f" {path.stem}," in lines[group].replace(" (", ", (")), f"{group}={path.stem}"
 
 
 def test_run_folder_holds_what_it_should(tmp_path):
