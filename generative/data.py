@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -296,7 +297,7 @@ class FrameRange:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}: write one with job=collect data={folder}")
+        raise UserError(f"no folder {folder}: write one with job=collect {shlex.quote(f'data={folder}')}")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from agents.loop import play
 from generative.data import FrameWriter
 from lab.configure import plain
+from lab.folder import as_word
 from lab.progress import Progress, human_bytes
 from lab.run import derive_seed, make_agent, make_env, pick_device, seed_everything
 
@@ -30,7 +31,8 @@ def run(cfg: DictConfig) -> int:
                 progress.update(tick.played)
         size = sum(path.stat().st_size for path in folder.iterdir())
         count = tick.played // env.spec.frames_per_step
-        print(f"{count:,} observations ({human_bytes(size)}) in {folder}; next: python launch.py job=fit model=vae data={folder}")
+        following = f"python launch.py job=fit model=vae {as_word('data', folder)}"
+        print(f"{count:,} observations ({human_bytes(size)}) in {folder}; next: {following}")
     finally:
         env.close()
     return 0

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from envs.api import UserError
-from lab.folder import CONFIGS, RESUMABLE_KEYS, find_folder, parse_yaml, read_config
+from lab.folder import CONFIGS, RESUMABLE_KEYS, as_word, find_folder, parse_yaml, read_config
 
 WANDB_MODES = ("auto", "online", "offline", "off")
 PATHS = ("runs_dir", "run_name", "data", "run", "fit.path")
@@ -73,6 +73,9 @@ def _quoted(key: str, value: str) -> str:
 
 def _resumed(typed: dict[str, str]) -> DictConfig:
     """The configuration of the run that `resume` names, with what a resumed run may change, and nothing else, changed."""
+    if typed.get("job", "train") != "train":
+        run = f" {as_word('run', typed['resume'])}" if typed["job"] in ("evaluate", "report") else ""
+        raise UserError(f"resume= goes on with training and takes no other job; type job={typed['job']}{run} without resume=")
     folder = find_folder(typed["resume"], "resume")
     cfg = OmegaConf.create(read_config(folder))
     if cfg.get("job") != "train":

@@ -22,7 +22,7 @@ from lab import checkpoint
 from lab.configure import build, plain
 from lab.dashboard import Dashboard
 from lab.film import as_rgb
-from lab.folder import find_folder, new_folder, read_config, write_versions
+from lab.folder import as_word, find_folder, new_folder, read_config, write_versions
 from lab.logging import MetricsLog
 from lab.progress import Progress
 from lab.report import write_report
@@ -143,5 +143,5 @@ def run(cfg: DictConfig) -> int:
     shown = ", ".join(f"{key.removeprefix('fit/')} {value:,.2f}" for key, value in row.items() if key != "fit/update")
     print(f"fitted   {name}: {shown}\nreport   {folder / 'report.html'}")
     if isinstance(model, Encoder):
-        print(f"reuse    encoder={name} fit.path={folder}")
+        print(f"reuse    encoder={name} {as_word('fit.path', folder)}")
     return 0

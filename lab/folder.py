@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -27,6 +28,11 @@ PACKAGES = ("torch", "numpy", "ale-py", "envpool", "gymnasium", "numba", "faiss-
 MOST_CONFIG_BYTES = 100_000
 WRITTEN = ("config.yaml", "version.json", "metrics.jsonl", "evaluation.csv", "report.html", "videos", "images", "evaluations", "frames")
 GROUP_OF = {"encoder": "model", "density": "model", "simulator": "model", "planner": "model"}
+
+
+def as_word(key: str, value: object) -> str:
+    """`key=value` as it can be pasted into a shell, whatever the value holds."""
+    return shlex.quote(f"{key}={value}")
 
 
 def find_folder(name: str, key: str) -> Path:
@@ -91,6 +97,14 @@ def lock(folder: Path) -> IO[str]:
     return file
 
 
+def _job_of(folder: Path) -> str:
+    """The job of a run folder, or nothing where it is none."""
+    try:
+        return str(read_config(find_folder(str(folder), "run"))["job"])
+    except UserError:
+        return ""
+
+
 def new_folder(cfg: Mapping[str, Any], title: str) -> Path:
     """Makes the run folder `runs_dir/run_name` (null: title, seed and time) with config.yaml and version.json in it."""
     name = cfg.get("run_name") or f"{title}-{cfg['seed']}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -98,7 +112,9 @@ def new_folder(cfg: Mapping[str, Any], title: str) -> Path:
         raise UserError(f"run_name must be made of letters, digits and . , = + - _, got {name!r}")
     folder = Path(str(cfg["runs_dir"])) / str(name)
     if cfg.get("run_name") and folder.exists():
-        raise UserError(f"{folder} exists already; go on with it by resume={folder} or choose another run_name")
+        training = cfg["job"] == "train" and _job_of(folder) == "train"
+        go_on = f"go on with it by {as_word('resume', folder)} or " if training else ""
+        raise UserError(f"{folder} exists already; {go_on}choose another run_name")
     attempt = 1
     while folder.exists():
         attempt += 1

@@ -22,7 +22,7 @@ from lab.actions import ActionLog
 from lab.configure import plain
 from lab.dashboard import Dashboard
 from lab.evaluate import evaluate_agent, mean_return
-from lab.folder import check_fingerprint, find_folder, fingerprint, lock, new_folder, write_config, write_versions
+from lab.folder import as_word, check_fingerprint, find_folder, fingerprint, lock, new_folder, write_config, write_versions
 from lab.logging import EVALUATION_FILE, METRICS_FILE, EvaluationLog, MetricsLog, cut_back
 from lab.progress import Progress, human_bytes
 from lab.report import write_report
@@ -131,7 +131,7 @@ class Training:
         return 0
 
     def _stopped(self) -> int:
-        print(f"stopped at {self.frames:,} frames; go on with: python launch.py resume={self.folder}")
+        print(f"stopped at {self.frames:,} frames; go on with: python launch.py {as_word('resume', self.folder)}")
         return INTERRUPTED
 
     @property

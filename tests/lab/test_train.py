@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shlex
 import shutil
 
 import numpy as np
@@ -53,6 +54,28 @@ def test_fit_folder_can_be_neither_resumed_nor_evaluated(tmp_path, capsys):
     for words in ([f"resume={tmp_path}"], ["job=evaluate", f"run={tmp_path}"]):
         assert launch.main(words) == 2
         assert "job=fit" in capsys.readouterr().err
+
+
+def test_resume_takes_no_other_job(tmp_path, capsys):
+    for job, expected in (("evaluate", f"job=evaluate run={tmp_path}"), ("bench", "type job=bench without resume=")):
+        assert launch.main([f"resume={tmp_path}", f"job={job}"]) == 2
+        assert expected in capsys.readouterr().err
+
+
+def test_what_is_printed_to_be_typed_next_can_be_pasted(tmp_path, capsys):
+    data, runs = tmp_path / "with space" / "it's", tmp_path / "a b"
+    assert launch.main(["job=collect", "env=Catch", "frames=640", f"data={data}"]) == 0
+    words = shlex.split(capsys.readouterr().out.split("launch.py")[1])
+    fit = [*words, "fit.updates=2", "fit.batch_size=8", "wandb=off", f"runs_dir={runs}", "run_name=fit"]
+    assert launch.main(fit) == 0
+    assert f"'fit.path={runs / 'fit'}'" in capsys.readouterr().out
+    assert launch.main(fit) == 2
+    told = capsys.readouterr().err
+    assert "choose another run_name" in told
+    assert "resume" not in told
+    (runs / "fit" / "config.yaml").write_text("job: train\n")
+    assert launch.main([*WORDS, f"runs_dir={runs}", "run_name=fit"]) == 2
+    assert f"go on with it by 'resume={runs / 'fit'}' or choose another run_name" in capsys.readouterr().err
 
 
 def test_failing_video_does_not_end_the_run(tmp_path, monkeypatch):
