@@ -254,7 +254,8 @@ class FrameData:
         """The frames recorded first, and the last `share` of all. UserError unless there are both."""
         held = round(share * self._count)
         if not 0 < held < self._count:
-            raise UserError(f"{share} of {self._count:,} frames leaves none on one side")
+            empty = f"fit.heldout={share} of {self._count:,} frames leaves none on one side"
+            raise UserError(f"{empty}; collect more frames or change fit.heldout (0: none are held out)")
         return FrameRange(self, 0, self._count - held), FrameRange(self, self._count - held, self._count)
 
     def _open(self, shard: Mapping[str, Any], verify: bool) -> np.ndarray:

@@ -92,7 +92,7 @@ def test_split_holds_out_the_frames_recorded_last(folder):
 
 @pytest.mark.parametrize("share", [0.001, 0.999])
 def test_split_that_leaves_nothing_is_refused(folder, share):
-    with pytest.raises(UserError, match=f"{share} of 25 frames leaves none on one side"):
+    with pytest.raises(UserError, match=rf"fit\.heldout={share} of 25 frames .* change fit\.heldout"):
         FrameData(folder).split(share)
 
 
