@@ -124,8 +124,7 @@ def check_numbers(cfg: DictConfig) -> None:
         value = cfg.get(key)
         if value is None and key == "checkpoint_frames":
             continue
-        if isinstance(value, float) and value.is_integer():
-            cfg[key] = value = int(value)
+        cfg[key] = value = _whole(value)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= MOST:
             raise UserError(f"{key} must be a whole number above 0 and at most 2^48, got {value}")
     if cfg.num_envs > MOST_LANES:
@@ -136,8 +135,9 @@ def check_numbers(cfg: DictConfig) -> None:
     for key in ("tensorboard", "record_actions"):
         if not isinstance(cfg[key], bool):
             raise UserError(f"{key} must be true or false, got {cfg[key]}")
+    cfg.seed = _whole(cfg.seed)
     if not isinstance(cfg.seed, int) or isinstance(cfg.seed, bool) or not 0 <= cfg.seed <= MOST:
-        raise UserError(f"seed must be a whole number from 0, got {cfg.seed}")
+        raise UserError(f"seed must be a whole number from 0 to 2^48, got {cfg.seed}")
     if cfg.checkpoint_frames and cfg.checkpoint_frames % cfg.frames_per_iteration:
         raise UserError(
             f"checkpoint_frames must be a multiple of frames_per_iteration = {cfg.frames_per_iteration}, got {cfg.checkpoint_frames}"
@@ -146,6 +146,8 @@ def check_numbers(cfg: DictConfig) -> None:
         if section in cfg and not isinstance(cfg[section], DictConfig):
             raise UserError(f"{section} is a group of keys ({section}.NAME=value), got {cfg[section]}")
         for key, value in cfg.get(section, {}).items():
+            if key not in ("learning_rate", "heldout"):
+                cfg[section][key] = value = _whole(value)
             _check_knob(f"{section}.{key}", str(key), value)
     if "wandb" in cfg and cfg.wandb not in (*WANDB_MODES, False):
         raise UserError(f"wandb must be one of {', '.join(WANDB_MODES)}, got {cfg.wandb}")
@@ -211,7 +213,8 @@ def build(node: Any, what: str, **given: Any) -> Any:
     for key, value in knobs.items():
         if key not in parameters or key in given:
             raise UserError(f"{what} takes no {what}.{key}; it takes {', '.join(k for k in parameters if k not in given)}")
-        _check_type(f"{what}.{key}", value, str(parameters[key].annotation))
+        knobs[key] = _whole(value, str(parameters[key].annotation))
+        _check_type(f"{what}.{key}", knobs[key], str(parameters[key].annotation))
     with within_memory(what, f"; lower what is large of {what}.*"):
         return target(**knobs, **{key: value for key, value in given.items() if key in parameters})
 
@@ -241,6 +244,12 @@ def _target(node: Any, what: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as trouble:
         raise UserError(f"{what}: {module}.{name} is not to be found ({trouble})") from trouble
+
+
+def _whole(value: Any, annotation: str = "int") -> Any:
+    """The value, 1e6 as 1_000_000 where a whole number is asked for."""
+    asked = {kind.strip() for kind in annotation.split("|")}
+    return int(value) if isinstance(value, float) and value.is_integer() and "int" in asked and "float" not in asked else value
 
 
 def _check_type(key: str, value: Any, annotation: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from omegaconf import DictConfig
 
 from agents.loop import play, ticks_for
-from envs.api import VectorEnv
+from envs.api import UserError, VectorEnv
 from generative.data import FrameData
 from lab import checkpoint, fit
 from lab.actions import ActionLog
@@ -81,6 +81,10 @@ class Training:
         self._frames_per_iteration = ticks_for(settings["frames_per_iteration"], self.env) * self._frames_per_tick
         seed_everything(self._seed("build"))
         self.agent, self.models = make_agent(settings, self.env.spec, device)
+        if settings["fit"]["path"] and not folder and not fit.needs_fit(self.models.get("encoder")):
+            raise UserError(
+                "fit.path is a fitted encoder, and nothing here takes one: choose an encoder that is fitted, or leave fit.path out"
+            )
         self._announce_resources(folder)
         self.folder = folder or new_folder(settings, f"{settings['choices']['agent']}-{settings['choices']['env']}")
         self._lock = lock(self.folder)

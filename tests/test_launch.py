@@ -60,6 +60,9 @@ def refused(capsys, *words: str) -> str:
         (["num_envs=0"], "num_envs must be"),
         (["seed=-1"], "seed must be"),
         (["seed=first"], "seed must be"),
+        (["seed=281474976710657"], "from 0 to 2^48"),
+        (["env=Catch", "agent=dqn", "density=cts", "fit.path=/tmp"], "leave fit.path out"),
+        (["env=Catch", "fit.path=/tmp"], "leave fit.path out"),
         (["checkpoint_frames=1_500_000"], "multiple"),
         (["evaluation.episodes_per_lane=0"], "evaluation.episodes_per_lane"),
         (["fit.updates=-1"], "fit.updates"),
@@ -214,6 +217,14 @@ def test_folders_may_be_called_what_people_call_them(tmp_path, name):
 
 def test_numbers_may_be_typed_as_people_type_them():
     assert compose(["frames=2_000_000"]).frames == compose(["frames=2e6"]).frames == 2_000_000
+    cfg = compose(["fit.updates=1e1", "seed=1e3", "evaluation.num_envs=4.0", "fit.learning_rate=1.0"])
+    numbers = (cfg.fit.updates, cfg.seed, cfg.evaluation.num_envs)
+    assert numbers == (10, 1000, 4)
+    assert all(type(number) is int for number in numbers)
+
+
+def test_knobs_that_are_whole_numbers_may_be_typed_as_floats(tmp_path):
+    assert train(tmp_path, "agent.capacity=1e3", "encoder.features=8.0", "env.size=7e0", "frames=320") == 0
 
 
 def test_every_atari_game_is_an_option():
