@@ -18,7 +18,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from envs.api import UserError
 from lab.folder import CONFIGS, RESUMABLE_KEYS, as_word, find_folder, parse_yaml, read_config
@@ -56,7 +56,7 @@ def compose(words: list[str], configs: Path = CONFIGS) -> DictConfig:
             cfg["choices"] = {group.partition("@")[0]: choice for group, choice in choices.items() if choice is not None}
         OmegaConf.resolve(cfg)
     except (HydraException, OmegaConfBaseException, ValueError) as trouble:
-        raise UserError(_one_line(trouble, configs)) from trouble
+        raise UserError(_one_line(trouble, configs, typed)) from trouble
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise UserError(f"job={cfg.job} needs {' and '.join(f'{key}=' for key in missing)}")
@@ -171,14 +171,19 @@ def _check_knob(name: str, key: str, value: Any) -> None:
             raise UserError(f"{name} must be at most {MOST_LANES}, got {value}")
 
 
-def _one_line(trouble: Exception, configs: Path) -> str:
+def _one_line(trouble: Exception, configs: Path, typed: dict[str, str]) -> str:
     text = " ".join(str(trouble).split())
+    for key, value in typed.items():
+        if "${" in value and (isinstance(trouble, OmegaConfBaseException) or isinstance(trouble.__cause__, GrammarParseError)):
+            return f"{key}={value} is not understood: ${{NAME}} stands for the value of a key, and there is no such key; leave ${{ out"
     if isinstance(trouble, OverrideParseException):
         return f"{trouble.override} is not understood; a word is key=value, and what has spaces or brackets wants quotes"
     if isinstance(trouble, MissingConfigException) and trouble.options:
         group, _, word = (trouble.missing_cfg_file or "").rpartition("/")
-        near = difflib.get_close_matches(word, trouble.options, n=3, cutoff=0.5) or sorted(trouble.options)[:12]
-        return f"there is no {group}={word}; the nearest are {', '.join(near)} (all: python launch.py --help)"
+        near = difflib.get_close_matches(word, trouble.options, n=3, cutoff=0.5)
+        shown = ", ".join(f"{group}={option}" for option in near or sorted(trouble.options)[:12])
+        shown += ", ..." if not near and len(trouble.options) > 12 else ""
+        return f"there is no {group}={word}; {'the nearest are' if near else 'there are'} {shown} (all: python launch.py --help)"
     missing = re.search(r"Could not find '([\w./-]+)/([\w.-]+)'", text)
     if missing:
         return f"there is no {missing.group(1)}={missing.group(2)} (python launch.py --help lists them)"
@@ -186,6 +191,9 @@ def _one_line(trouble: Exception, configs: Path) -> str:
     if unknown:
         key = unknown.group(1)
         if key in (*MODEL_JOBS, "bonus", "protocol", "model", "agent", "env", "bench"):
+            if key not in typed and "experiment" in typed:
+                why = "which only Atari has" if key == "protocol" else "which this job, agent or environment does not take"
+                return f"experiment={typed['experiment']} chooses {key}=, {why}; choose another experiment or leave it out"
             return f"there is nothing to choose with {key}= here: this job, agent or environment takes none"
         return f"there is no key {key} here; {_near_keys(key, configs)}python launch.py --help lists the keys"
     return text

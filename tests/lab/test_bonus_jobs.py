@@ -45,8 +45,10 @@ def test_bonuses_are_chosen_by_name():
     [
         (["agent=a3c_plus", "density=vae"], r"bound.*bonus\.allow_bound=true"),
         (["agent=a3c_plus", "density=random_projection"], "a RandomProjection is no density"),
-        (["agent=a3c_plus", "density=ctz"], "there is no density=ctz; the nearest are cts"),
-        (["agent=a3c_plus", "bonus=rndd"], "there is no bonus=rndd; the nearest are rnd"),
+        (["agent=a3c_plus", "density=ctz"], "there is no density=ctz; the nearest are density=cts"),
+        (["agent=a3c_plus", "bonus=rndd"], "there is no bonus=rndd; the nearest are bonus=rnd"),
+        (["agent=a3c_plus", "bonus=nope"], "there is no bonus=nope; the nearest are bonus=none"),
+        (["agent=a3c_plus", "bonus=xyz"], "there is no bonus=xyz; there are bonus=gain, bonus=inverse"),
         (["agent=a3c_plus", "density.levels=1"], r"levels must lie in 2\.\.256"),
         (["agent=a3c_plus", "bonus.scale=1"], "bonus.scale"),
         (["agent=a3c_plus", "agent.bonus_scale=-1"], "agent.bonus_scale"),
