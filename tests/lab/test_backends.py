@@ -1,6 +1,7 @@
 """The door to the second Atari backend, on a stand-in for EnvPool: it trains, films, resumes and evaluates, or says in one line why not."""
 
 import inspect
+import re
 import sys
 
 import pytest
@@ -91,7 +92,7 @@ def test_where_envpool_is_not_installed_one_line_says_how_to(job, monkeypatch, t
 
 def test_help_names_the_backends(capsys):
     assert launch.main(["--help"]) == 0
-    assert "env.backend ale, envpool" in capsys.readouterr().out
+    assert re.search(r"env\.backend: ale .*envpool", capsys.readouterr().out)
 
 
 def test_it_trains_films_resumes_and_is_evaluated(envpool, tmp_path, capsys):
