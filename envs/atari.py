@@ -278,8 +278,8 @@ class Emulator:
 
     def __init__(self, game: str, protocol: Protocol, obs: str = "grey84") -> None:
         self._rom, shape, self.protocol = rom_id(game), _obs_shape(obs), protocol
+        ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # of all that are made from here on: the first prints a banner
         self._ale = ale_py.ALEInterface()
-        self._ale.setLoggerMode(ale_py.LoggerMode.Error)
         self._ale.setFloat("repeat_action_probability", protocol.sticky)
         self._ale.loadROM(_rom_path(self._rom))
         self._actions = self._ale.getLegalActionSet() if protocol.full_action_set else self._ale.getMinimalActionSet()

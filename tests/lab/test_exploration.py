@@ -1,5 +1,6 @@
 import json
 
+import ale_py
 import numpy as np
 import pytest
 import torch
@@ -112,6 +113,12 @@ def test_the_known_world_begins_in_the_first_room(montezuma, tmp_path):
     draw({"a3c": {1: 0, 0: 500}}, tmp_path / "world.png")
     assert (tmp_path / "world.png").stat().st_size > 5_000
     assert sum(ROWS) == 24
+
+
+def test_a_replay_prints_no_banner(montezuma, capfd):
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Info)  # as in a process that has made no emulator yet
+    rooms_reached(montezuma)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_rooms_are_those_of_the_lanes_own_memory(montezuma, monkeypatch):
