@@ -6,7 +6,6 @@ Each run is a process of its own and a run folder under `runs_dir/bench-NAME/`; 
 from __future__ import annotations
 
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -17,81 +16,83 @@ from typing import Any
 from omegaconf import DictConfig
 
 from envs.api import UserError
+from lab import exploration
 from lab.configure import plain
 from lab.folder import read_config, write_beside
+from lab.grid import PlannedRun, bench_folder, plan
 from lab.logging import read_evaluation, read_metrics
 from lab.protocols import PUBLISHED_FRAMES, SCORES, human_normalised, mean_interval
+from lab.run import pick_device
 from lab.seeds import at_shared_frames
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch.py"
+KINDS = (None, "exploration", "salient_event")
 
 
 def run(cfg: DictConfig) -> int:
     """Runs what is not finished yet, then writes table.md, results.json and curves.png.
 
     Of a bench's keys, `panels` is what the picture has one panel for, game (the default) or setting, and `solved` a score: the seeds that
-    end above it are counted.
+    end above it are counted. `kind` says what is measured beside scores: one of KINDS.
     """
     bench = plain(cfg)["bench"]
-    if bench.get("kind") == "salient_event":
+    kind, folder = bench.get("kind"), bench_folder(bench, cfg.runs_dir)
+    if kind not in KINDS:
+        raise UserError(f"there is no bench.kind={kind}; there are {', '.join(str(known) for known in KINDS if known)}, and null")
+    if kind == "salient_event":
         from lab import salient_event
 
         return salient_event.run(cfg)
-    runs, seeds, common = bench.get("runs"), bench.get("seeds"), bench.get("common", [])
-    games = bench.get("games")
-    lists = all(isinstance(part, list) for part in (runs, seeds, common, games or [])) and all(
-        isinstance(words, list) for words in runs or [0]
-    )
-    if not lists or not seeds or not runs or not all(runs) or not re.fullmatch(r"[\w-]+", str(bench.get("name"))):
-        needs = "a bench needs a name, runs (a list of lists of key=value) and seeds (a list)"
-        raise UserError(f"{needs}, and may have words in common and games (lists)")
     panels, solved = bench.get("panels", "game"), bench.get("solved")
     if panels not in ("game", "setting") or not (solved is None or type(solved) in (int, float)):
         raise UserError(f"bench.panels is game or setting and bench.solved a number or null, got {panels} and {solved}")
-    bench["bare_runs"] = runs
-    if games:
-        bench["runs"] = [[f"env={game}", *words] for game in games for words in runs]
-    folder, failed = Path(str(cfg.runs_dir)) / f"bench-{bench['name']}", 0
-    folders: dict[str, list[Path]] = {" ".join(map(str, words)): [] for words in bench["runs"]}
-    for seed in bench["seeds"]:
-        for label, words in zip(folders, bench["runs"]):
-            target = folder / f"{slug(label)}-seed-{seed}"
-            folders[label].append(target)
-            code = _train(target, [str(word) for word in (*bench.get("common", []), *words)], seed, str(cfg.device))
-            if code == 130:
-                raise KeyboardInterrupt
-            if code:
-                failed += 1
-                print(f"{label} seed {seed} ended with exit code {code}; the bench goes on without it")
-    finished = {label: [path for path in paths if is_finished(path)] for label, paths in folders.items()}
-    for label, paths in folders.items():
-        if len(finished[label]) < len(paths):
-            print(f"{label}: {len(paths) - len(finished[label])} of {len(paths)} seeds are not finished and are left out")
+    pick_device(cfg.device)
+    planned = plan(bench, folder)
+    if kind == "exploration":
+        exploration.baseline_of(bench)
+    failed = _train_all(planned, str(cfg.device))
+    finished: dict[str, list[Path]] = {one.label: [] for one in planned}
+    for one in planned:
+        if one.finished():
+            finished[one.label].append(one.folder)
+    if not any(finished.values()):
+        why = ", ".join(dict.fromkeys(failed)) or "none was evaluated at its end"
+        print(f"error: no run finished: {why}", file=sys.stderr)
+        return 1
+    seeds = len(bench["seeds"])
+    for label, paths in finished.items():
+        if len(paths) < seeds:
+            print(f"{label}: {seeds - len(paths)} of {seeds} seeds are not finished and are left out")
     results = [summarise_group(label, paths, solved) for label, paths in finished.items() if paths]
     write_beside(folder / "results.json", json.dumps(results, indent=2))
     write_beside(folder / "table.md", table(results))
     draw(results, folder / "curves.png", panels)
     print(table(results))
-    if bench.get("kind") == "exploration":
-        from lab import exploration
-
+    if kind == "exploration":
         exploration.draw_figures(bench, results, finished, folder)
     print(f"results  {folder}")
     return 1 if failed else 0
 
 
-def slug(label: str) -> str:
-    """A file name from words: "env=Qbert encoder=vae" -> "env-Qbert-encoder-vae"."""
-    return re.sub(r"[^\w.]+", "-", label).strip("-")
+def _train_all(planned: list[PlannedRun], device: str) -> list[str]:
+    """Trains what is not finished, one after another. Returns what failed: settings, with the exit code of a run."""
+    failed = []
+    for one in planned:
+        code = 0 if one.finished() else _train(one, device)
+        if code == 130:
+            raise KeyboardInterrupt
+        if code:
+            failed.append(f"{one.label} ended with exit code {code}")
+            print(f"{one.label} seed {one.seed} ended with exit code {code}; the bench goes on without it")
+    return failed
 
 
-def _train(target: Path, words: list[str], seed: int, device: str) -> int:
-    if is_finished(target):
-        return 0
-    if (target / "config.yaml").exists():
-        command = [f"resume={target}"]
+def _train(one: PlannedRun, device: str) -> int:
+    if (one.folder / "config.yaml").exists():
+        command = [f"resume={one.folder}"]
     else:
-        command = [*words, f"seed={seed}", f"device={device}", f"runs_dir={target.parent}", f"run_name={target.name}", "wandb=off"]
+        own = [f"seed={one.seed}", f"device={device}", f"runs_dir={one.folder.parent}", f"run_name={one.folder.name}", "wandb=off"]
+        command = [*one.words, *own]
     process = subprocess.Popen([sys.executable, str(LAUNCH), *command])
     before = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
     try:
@@ -102,13 +103,6 @@ def _train(target: Path, words: list[str], seed: int, device: str) -> int:
                 continue
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def is_finished(target: Path) -> bool:
-    """Whether a run's last evaluation came at the end of its budget."""
-    if not (target / "config.yaml").exists():
-        return False
-    return max((row["frames"] for row in read_evaluation(target)), default=0) >= read_config(target)["frames"]
 
 
 def summarise_group(label: str, folders: list[Path], solved: float | None = None) -> dict[str, Any]:

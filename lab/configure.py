@@ -136,8 +136,7 @@ def check_numbers(cfg: DictConfig) -> None:
         if not isinstance(cfg[key], bool):
             raise UserError(f"{key} must be true or false, got {cfg[key]}")
     cfg.seed = _whole(cfg.seed)
-    if not isinstance(cfg.seed, int) or isinstance(cfg.seed, bool) or not 0 <= cfg.seed <= MOST:
-        raise UserError(f"seed must be a whole number from 0 to 2^48, got {cfg.seed}")
+    check_seed("seed", cfg.seed)
     if cfg.checkpoint_frames and cfg.checkpoint_frames % cfg.frames_per_iteration:
         raise UserError(
             f"checkpoint_frames must be a multiple of frames_per_iteration = {cfg.frames_per_iteration}, got {cfg.checkpoint_frames}"
@@ -151,6 +150,12 @@ def check_numbers(cfg: DictConfig) -> None:
             _check_knob(f"{section}.{key}", str(key), value)
     if "wandb" in cfg and cfg.wandb not in (*WANDB_MODES, False):
         raise UserError(f"wandb must be one of {', '.join(WANDB_MODES)}, got {cfg.wandb}")
+
+
+def check_seed(key: str, value: Any) -> None:
+    """UserError unless the value of `key` is a seed."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MOST:
+        raise UserError(f"{key} must be a whole number from 0 to 2^48, got {value}")
 
 
 def _check_knob(name: str, key: str, value: Any) -> None:

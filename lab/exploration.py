@@ -23,6 +23,14 @@ SHARES = (0.05, 0.25, 0.5, 1.0)
 """Of the budget, at which bonuses are compared; the paper's 10, 50, 100 and 200 million frames."""
 
 
+def baseline_of(bench: Mapping[str, Any]) -> str:
+    """The words of a bench's baseline, joined by blanks. UserError where they are no run of it."""
+    words = bench.get("baseline")
+    if not isinstance(words, list) or words not in (bench.get("runs") or []):
+        raise UserError(f"bench.baseline must be one of bench.runs, the agent without bonus, got {words}")
+    return " ".join(map(str, words))
+
+
 def baseline_score(score: float, random: float, baseline: float) -> float:
     """z of section 7.3. ValueError where random and baseline are equal."""
     low, high = min(random, baseline), max(random, baseline)
@@ -75,12 +83,10 @@ def draw_figures(
     bench: Mapping[str, Any], results: Sequence[Mapping[str, Any]], folders: Mapping[str, Sequence[Path]], folder: Path
 ) -> None:
     """Writes baseline_score.png, bonuses.png, exploration.json, and known_world.png where Montezuma's Revenge was played and recorded."""
-    words = bench.get("baseline")
-    if not isinstance(words, list) or words not in bench["bare_runs"]:
-        raise UserError("bench.baseline must be one of bench.runs: the agent without bonus")
-    scores = scores_by_setting(" ".join(map(str, words)), results)
+    baseline = baseline_of(bench)
+    scores = scores_by_setting(baseline, results)
     figures: dict[str, Any] = {
-        "baseline": " ".join(map(str, words)),
+        "baseline": baseline,
         "baseline_scores": scores,
         "quartiles": {setting: quartiles_over_games(by_game) for setting, by_game in scores.items()},
     }

@@ -50,7 +50,7 @@ def test_seeds_evaluated_at_other_frames_are_averaged_between():
 def test_games_without_a_baseline_score_are_named(tmp_path, capsys):
     curves = [[(0, 0.0), (10, 0.0)]]
     results = [{"setting": f"env=Freeway agent={name}", "game": "Freeway", "score": 0.0, "curves": curves} for name in ("a3c", "a3c_plus")]
-    draw_figures({"baseline": ["agent=a3c"], "bare_runs": [["agent=a3c"], ["agent=a3c_plus"]]}, results, {}, tmp_path)
+    draw_figures({"baseline": ["agent=a3c"], "runs": [["agent=a3c"], ["agent=a3c_plus"]]}, results, {}, tmp_path)
     assert "Freeway has no baseline score" in capsys.readouterr().out
     assert (tmp_path / "baseline_score.png").stat().st_size > 1000
 
@@ -73,7 +73,7 @@ def test_figures_are_drawn_and_told(tmp_path, capsys):
         row("env=Toy agent=a3c", "Toy", [[(0, 1.0), (5, 2.0), (10, 5.0)]]),
         row("env=Toy agent=a3c_plus", "Toy", [[(0, 1.0), (5, 5.0), (10, 9.0)]]),
     ]
-    bench = {"bare_runs": [["agent=a3c"], ["agent=a3c_plus"]], "baseline": ["agent=a3c"]}
+    bench = {"runs": [["agent=a3c"], ["agent=a3c_plus"]], "baseline": ["agent=a3c"]}
     draw_figures(bench, results, {}, tmp_path)
     told = json.loads((tmp_path / "exploration.json").read_text())
     assert told["quartiles"]["agent=a3c_plus"][-1] == [10, 2.0, 2.0, 2.0]
