@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from agents.bonus import density_shape, shrink_frames
-from envs.api import UserError
+from agents.bonus import shrink_frames
+from envs.api import UserError, VectorEnv
 from generative.api import Density, Recoding
 from generative.pseudo_count import pseudo_count
-from lab.configure import compose, plain
+from lab.configure import check_seed, compose, plain
 from lab.folder import write_beside
+from lab.grid import bench_folder
 from lab.progress import Progress
 from lab.run import derive_seed, make_env, make_model, pick_device, seed_everything
 
@@ -34,14 +35,15 @@ def run(cfg: DictConfig) -> int:
     bench = settings["bench"]
     lacking = [key for key in ("env", "density", "phase_steps", "phases", "probe_steps", "seed") if key not in bench]
     if lacking:
-        raise UserError(f"bench={bench['name']} lacks {', '.join(lacking)}")
+        raise UserError(f"bench={bench.get('name')} lacks {', '.join(lacking)}")
     for key in ("phase_steps", "phases", "probe_steps"):
         if not isinstance(bench[key], int) or isinstance(bench[key], bool) or bench[key] < 1:
             raise UserError(f"bench.{key} must be a whole number above 0, got {bench[key]}")
-    device = pick_device(settings["device"])
-    folder = Path(settings["runs_dir"]) / f"bench-{bench['name']}"
+    check_seed("bench.seed", bench["seed"])
+    folder = bench_folder(bench, settings["runs_dir"])
+    env, density = _make(bench, pick_device(settings["device"]))
     folder.mkdir(parents=True, exist_ok=True)
-    result = measure(bench, device)
+    result = measure(bench, env, density)
     write_beside(folder / "results.json", json.dumps(result, indent=2))
     draw(result, folder / "event.png")
     last = [row for row in result["probes"] if row["event_count"] is not None]
@@ -52,22 +54,28 @@ def run(cfg: DictConfig) -> int:
     return 0
 
 
-def measure(bench: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Alternates waiting and walking and probes the density every `probe_steps`.
+def _make(bench: Mapping[str, Any], device: torch.device) -> tuple[VectorEnv, Density]:
+    """The game, and the density that looks on. UserError where the experiment cannot be made with them."""
+    cfg = plain(compose([f"env={bench['env']}", "agent=a3c_plus", f"density={bench['density']}"]))
+    seed_everything(derive_seed(bench["seed"], 0, "salient event"))
+    env = make_env(cfg, 1, device)
+    if not {WAIT, WALK} <= set(env.spec.action_names):
+        raise UserError(f"bench.env={bench['env']} has no actions {WAIT} and {WALK}; the experiment is Freeway's")
+    density: Density = make_model(cfg, "density", env.spec, device)
+    if not density.exact:
+        needs = "pseudo-counts need a density that is exact"
+        raise UserError(f"bench.density={bench['density']} gives only a bound, and {needs}; choose another, such as cts")
+    return env, density
+
+
+def measure(bench: Mapping[str, Any], env: VectorEnv, density: Density) -> dict[str, Any]:
+    """Alternates waiting and walking and probes the density every `probe_steps`. Closes the environment.
 
     Returns:
         The bench's settings and `probes`: rows of step, phase, events so far, pseudo-counts of the last event's frame and of the last one
         waited in (None before the first event).
     """
-    cfg = plain(compose([f"env={bench['env']}", "agent=random"]))
-    density_cfg = plain(compose(["job=fit", f"model={bench['density']}", "data=none"]))["model"]
-    seed_everything(derive_seed(bench["seed"], 0, "salient event"))
-    env = make_env(cfg, 1, device)
-    model = make_model({"density": density_cfg, "choices": {"density": bench["density"]}}, "density", env.spec, device)
-    shape = density_shape(env.spec.obs_shape)
-    names = env.spec.action_names
-    if WAIT not in names or WALK not in names:
-        raise UserError(f"bench.env={bench['env']} has no actions {WAIT} and {WALK}; the experiment is Freeway's")
+    shape, names = density.obs_shape, env.spec.action_names
     step, steps = env.reset(derive_seed(bench["seed"], 0, "env")), bench["phase_steps"] * bench["phases"]
     waiting = shrink_frames(step.obs, shape)
     event, events = None, 0
@@ -75,9 +83,9 @@ def measure(bench: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     with Progress(steps, f"{bench['density']} on {bench['env']}", "steps") as progress:
         for played in range(1, steps + 1):
             walking = (played - 1) // bench["phase_steps"] % 2 == 1
-            step = env.step(torch.tensor([names.index(WALK if walking else WAIT)], device=device))
+            step = env.step(torch.tensor([names.index(WALK if walking else WAIT)], device=step.obs.device))
             frame = shrink_frames(step.next_obs, shape)
-            model.absorb(frame)
+            density.absorb(frame)
             if not walking:
                 waiting = frame
             if float(step.reward) > 0:
@@ -88,8 +96,8 @@ def measure(bench: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
                         "step": played,
                         "walking": walking,
                         "events": events,
-                        "event_count": None if event is None else _count(model, event),
-                        "wait_count": _count(model, waiting),
+                        "event_count": None if event is None else _count(density, event),
+                        "wait_count": _count(density, waiting),
                     }
                 )
                 progress.update(played)

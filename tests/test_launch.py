@@ -306,6 +306,23 @@ def test_salient_event_bench_makes_its_picture(tmp_path, capsys):
     assert (tmp_path / "bench-salient_event" / "event.png").stat().st_size > 5_000
 
 
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("bench.seed=-1", "bench.seed must be a whole number from 0 to 2^48, got -1"),
+        ("bench.seed=x", "bench.seed must be a whole number"),
+        ("bench.seed=null", "bench.seed must be a whole number"),
+        ("bench.name=../../evil", "bench.name must be made of letters"),
+        ("bench.density=vae", "bench.density=vae gives only a bound, and pseudo-counts need a density that is exact"),
+        ("bench.density=ctss", "there is no density=ctss; the nearest are cts"),
+        ("bench.env=Pong", "bench.env=Pong has no actions"),
+    ],
+)
+def test_salient_event_refuses_by_name(tmp_path, capsys, word, expected):
+    assert expected in refused(capsys, "job=bench", "bench=salient_event", "bench.phase_steps=1", f"runs_dir={tmp_path / 'runs'}", word)
+    assert not list(tmp_path.rglob("*"))
+
+
 def test_bench_makes_a_table_and_a_picture_and_goes_on_where_it_was(tmp_path, capsys):
     words = ["job=bench", "bench=demo", f"runs_dir={tmp_path}", "bench.seeds=[0,1]", 'bench.runs=[["env=Catch","frames=640"]]']
     common = 'bench.common=["frames_per_iteration=320","evaluation.num_envs=2","evaluation.video=false"]'
