@@ -1,6 +1,7 @@
 """job=bench: many training runs (settings x seeds), then one table and one picture of them.
 
-Each run is a process of its own and a run folder under `runs_dir/bench-NAME/`; a bench that was stopped goes on where it was.
+Each run is a process of its own and a run folder under `runs_dir/bench-NAME/`; a bench that was stopped, or is given more frames, goes on
+where it was.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def _train_all(planned: list[PlannedRun], device: str) -> list[str]:
 
 def _train(one: PlannedRun, device: str) -> int:
     if (one.folder / "config.yaml").exists():
-        command = [f"resume={one.folder}"]
+        command = [f"resume={one.folder}", f"frames={one.frames}", f"device={device}"]
     else:
         own = [f"seed={one.seed}", f"device={device}", f"runs_dir={one.folder.parent}", f"run_name={one.folder.name}", "wandb=off"]
         command = [*one.words, *own]

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from envs.api import UserError
 from lab.configure import check_seed, compose, plain
+from lab.folder import read_config
 from lab.logging import read_evaluation
 
 OWN_KEYS = ("job", "resume", "seed", "device", "runs_dir", "run_name", "wandb")
 """Which a bench sets for its runs itself."""
+FREE_KEYS = (
+    *("resume", "device", "runs_dir", "run_name", "wandb", "frames", "tensorboard", "log_frames", "checkpoint_frames"),
+    *("evaluation.video", "choices.job", "choices.experiment", "choices.model"),
+)
+"""In which a run folder may differ from what a bench asks for: they do not change what is learned, or show in other keys too."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ def bench_folder(bench: Mapping[str, Any], runs_dir: object) -> Path:
 
 
 def plan(bench: Mapping[str, Any], folder: Path) -> list[PlannedRun]:
-    """All runs of a bench, the first seed's first. UserError where any could not be trained as the bench says."""
+    """All runs of a bench, the first seed's first. UserError where any could not be trained as the bench says, or was trained otherwise."""
     runs, seeds, common, games = bench.get("runs"), bench.get("seeds"), bench.get("common", []), bench.get("games") or []
     lists = all(isinstance(part, list) for part in (runs, seeds, common, games)) and all(isinstance(words, list) for words in runs or [0])
     if not lists or not seeds or not runs or not all(runs):
@@ -67,7 +73,10 @@ def plan(bench: Mapping[str, Any], folder: Path) -> list[PlannedRun]:
     for seed in seeds:
         for words, name, cfg in zip(settings, slugs, composed):
             target = folder / f"{name}-seed-{seed}"
-            planned.append(PlannedRun(" ".join(words), (*map(str, common), *words), seed, target, cfg["frames"]))
+            run = PlannedRun(" ".join(words), (*map(str, common), *words), seed, target, cfg["frames"])
+            if (target / "config.yaml").exists():
+                check_folder(run, cfg | {"seed": seed})
+            planned.append(run)
     return planned
 
 
@@ -94,6 +103,41 @@ def _composed(common: list[str], words: list[str]) -> dict[str, Any]:
         return plain(compose([*common, *words]))
     except UserError as mistake:
         raise UserError(f"bench.runs, {' '.join(words)}: {mistake}") from mistake
+
+
+def check_folder(run: PlannedRun, wanted: Mapping[str, Any]) -> None:
+    """UserError where a run's folder was trained otherwise than wanted, or for longer."""
+    difference, evaluated = first_difference(read_config(run.folder), wanted), _evaluated_at(run.folder)
+    if difference is None and len(evaluated) > 1 and evaluated[-2] >= run.frames:
+        difference = f"frames={evaluated[-1]}", f"frames={run.frames}"
+    if difference is not None:
+        there, now = difference
+        raise UserError(f"{run.folder} was trained with {there}, the bench now says {now}; choose another bench.name or delete the folder")
+
+
+def first_difference(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[str, str] | None:
+    """What two configurations say of the first key that matters and differs, choices first. What the first one lacks counts as default."""
+    old, new = (dict(_leaves({"choices": cfg.get("choices"), **cfg})) for cfg in (made, wanted))
+    lacking = new.keys() - old.keys() - set(FREE_KEYS)
+    if lacking:
+        shared = [f"{key}={choice}" for key, choice in wanted["choices"].items() if f"choices.{key}" in old.keys() - set(FREE_KEYS)]
+        defaults = dict(_leaves(plain(compose(shared))))
+        old |= {key: defaults[key] for key in lacking & defaults.keys()}
+    for key in dict.fromkeys((*new, *old)):
+        if key not in FREE_KEYS and (key not in old or key not in new or old[key] != new[key]):
+            name = key.removeprefix("choices.")
+            there, now = (f"{name}={leaves[key]}" if key in leaves else f"no {name}" for leaves in (old, new))
+            return there, now
+    return None
+
+
+def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(keys joined by dots, value) of all that is nested in a configuration."""
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _evaluated_at(folder: Path) -> list[int]:
