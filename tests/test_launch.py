@@ -314,7 +314,7 @@ def test_salient_event_bench_makes_its_picture(tmp_path, capsys):
         ("bench.seed=null", "bench.seed must be a whole number"),
         ("bench.name=../../evil", "bench.name must be made of letters"),
         ("bench.density=vae", "bench.density=vae gives only a bound, and pseudo-counts need a density that is exact"),
-        ("bench.density=ctss", "there is no density=ctss; the nearest are cts"),
+        ("bench.density=ctss", "there is no density=ctss; the nearest are density=cts"),
         ("bench.env=Pong", "bench.env=Pong has no actions"),
     ],
 )
