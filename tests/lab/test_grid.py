@@ -67,7 +67,7 @@ def trained(tmp_path, *words, frames=(0, 320, 640), without=()):
         ({"runs": [["env=Catch"], ["env=Catch"]]}, r"bench\.runs .*env=Catch more than once"),
         ({"games": ["Pong", "Qbert", "Pong"], "runs": [["agent=a3c"]]}, r"bench\.games holds env=Pong agent=a3c more than once"),
         ({"runs": [["env=Catch"], ["env=Catch", "agent.gamm=1"]]}, r"env=Catch agent\.gamm=1: there is no key agent\.gamm"),
-        ({"games": ["Pong", "Qbertt"], "runs": [["agent=a3c"]]}, r"env=Qbertt agent=a3c: there is no env=Qbertt; the nearest are env=Qbert "),
+        ({"games": ["Pong", "Qbertt"], "runs": [["agent=a3c"]]}, r"env=Qbertt agent=a3c: there is no env=Qbertt; the nearest are env=Q"),
         ({"common": ["frames=many"]}, r"env=Catch: frames must be a whole number"),
     ],
 )
