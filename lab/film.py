@@ -1,5 +1,5 @@
 """Films one lane's first episode: Atari in colour by replaying the lane's actions in one emulator, where its backend is ale-py; all else as
-the agent sees it."""
+the agent sees it, beside a map where the world has one."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ class Film:
         self._env, self._seed = env, seed
         self._actions: list[torch.Tensor] = []
         self._pictures: list[torch.Tensor] = []
+        self._maps: list[np.ndarray] = []
         self._ended = False
         self._replays = hasattr(env, "lane_seed")
-        self._fps = ATARI_FPS if hasattr(env, "protocol") else OTHER_FPS
+        self._fps = ATARI_FPS if hasattr(env, "protocol") else getattr(env, "steps_per_second", OTHER_FPS)
 
     def watch(self, tick: Tick) -> None:
         """Takes in one tick; cheap."""
@@ -45,15 +46,25 @@ class Film:
             self._pictures.append(tick.after.next_obs[0].clone())  # a view would keep all lanes
         if tick.after.next_obs is not tick.after.obs:
             self._ended = bool(tick.after.last[0])
+        if hasattr(self._env, "overview") and not self._ended:
+            self._maps.append(self._env.overview(0))
 
     def write(self, path: Path) -> None:
         """Writes an mp4 that browsers play; Atari, with a picture every fourth of 60 frames a second, runs twice as fast as life."""
         if not self._actions:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        pictures = self._replayed() if self._replays else [as_rgb(picture) for picture in self._pictures]
+        pictures = self._replayed() if self._replays else self._seen()
         side = max(pictures[0].shape[:2])
         write_mp4(path, pictures, fps=self._fps, scale=max(1, SMALL_SIDE // side))
+
+    def _seen(self) -> list[np.ndarray]:
+        """What the agent saw, beside the map of that moment; the first and the last picture, which have none, beside their neighbour's."""
+        views = [as_rgb(picture) for picture in self._pictures]
+        if not self._maps:
+            return views
+        maps = [self._maps[0], *self._maps, *self._maps[-1:]]
+        return [np.concatenate(pair, 1) for pair in zip(views, maps)]
 
     def _replayed(self) -> list[np.ndarray]:
         from envs.atari import Emulator

@@ -1,0 +1,285 @@
+"""What happens in a lane, as plain scalar functions of its number, compiled for CPU threads and for CUDA.
+
+Units: a cell of the map is 1, time goes by frames, 60 a second. The body is a disc that walls stop along each axis by itself, so it slides
+along them. There is no inertia: an action moves from its first frame and stops with its last.
+
+Everything random comes from the lane's own stream, SplitMix64 (Steele et al. 2014), so a lane's fate follows from its seed and actions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+
+FRAMES_PER_SECOND = 60
+FRAMES_PER_STEP = 4
+WALK = 3.0 / FRAMES_PER_SECOND  # cells a frame
+TURN = math.radians(180.0) / FRAMES_PER_SECOND  # a frame
+BODY = 0.2  # radius
+REACH = 0.45  # a thing whose centre is nearer is taken
+SKIN = 1e-6  # between body and wall, so that rounding puts nobody into it
+TRIES = 1000  # to find a free random cell
+THEN = ("gone", "elsewhere", "restart", "end")
+"""What follows where a thing is taken: it vanishes; it comes back at a random free place; the lane goes back to a start and draws anew; its
+episode ends."""
+GONE, ELSEWHERE, RESTART, END = range(4)
+_DOWN, _RIGHT = (-1, 1, 0, 0), (0, 0, -1, 1)
+_ROOT, _SOLID = 250, 255  # of a maze that is being carved: where it began, what is not reached yet; _ROOT + 1 + way: how a room was reached
+ACTIONS = ("MOVE_LEFT", "MOVE_RIGHT", "TURN_LEFT", "TURN_RIGHT", "FORWARD", "BACKWARD", "FORWARD_TURN_LEFT", "FORWARD_TURN_RIGHT")
+AHEAD, ASIDE, TURNS = (0, 0, 0, 0, 1, -1, 1, 1), (-1, 1, 0, 0, 0, 0, 0, 0), (0, 0, -1, 1, 0, 0, -1, 1)  # of each action; to the right
+
+
+class Rules(NamedTuple):
+    """A level, as arrays. S things, K slots, O alternatives, T starts.
+
+    Attributes:
+        base: uint8 (R, C), the map: 0 floor, else a wall of look value - 1.
+        roomy: bool (R, C), where random things and starts may lie.
+        starts: float64 (T, 3), x, y and angle, nan for a random angle; none: a random cell that is roomy.
+        kinds: int8 (S), of things at an episode's start; -1 where a draw decides.
+        homes: int32 (S, 2), row and column of things, -1 for a random place.
+        slots: int32 (K, 3), row, column and thing of what draws decide.
+        draws: int8 (O, K), what each alternative puts there: a wall of look value - 1, nothing (0), or a thing of kind -value - 1.
+        reward: float32 (kinds).
+        then: int8 (kinds), see THEN.
+        maze: int8 (1), whether the map is carved anew for every episode, by corridors between cells of odd row and column.
+        limit: int32 (1), frames of an episode.
+    """
+
+    base: np.ndarray
+    roomy: np.ndarray
+    starts: np.ndarray
+    kinds: np.ndarray
+    homes: np.ndarray
+    slots: np.ndarray
+    draws: np.ndarray
+    reward: np.ndarray
+    then: np.ndarray
+    maze: np.ndarray
+    limit: np.ndarray
+
+
+class Lanes(NamedTuple):
+    """N lanes, as arrays.
+
+    Attributes:
+        pose: float64 (N, 3), x, y and angle; angles grow clockwise on the map.
+        grid: uint8 (N, R, C), 0 floor, else a wall of look value - 1.
+        kinds: int8 (N, S), of things, -1 where there is none.
+        places: float32 (N, S, 2), x and y of things.
+        clock: int32 (N), frames since the episode began.
+        dice: uint64 (N), states of random streams.
+    """
+
+    pose: np.ndarray
+    grid: np.ndarray
+    kinds: np.ndarray
+    places: np.ndarray
+    clock: np.ndarray
+    dice: np.ndarray
+
+
+def make_functions(compiled: Callable[..., Any]) -> tuple[Any, Any]:
+    """(open_lane, step_lane), compiled by `compiled`, the decorator of the CPU or of CUDA."""
+
+    def roll(lanes, n, sides):
+        """A random int in 0 .. sides - 1."""
+        state = lanes.dice[n] + np.uint64(0x9E3779B97F4A7C15)
+        lanes.dice[n] = state
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state = state ^ (state >> np.uint64(31))
+        return int((state >> np.uint64(32)) * np.uint64(sides) >> np.uint64(32))
+
+    roll = compiled(roll)
+
+    def free_cell(rules, lanes, n):
+        """row * C + column of a random cell that is roomy, without a wall or a thing and not under the body; some roomy one if none is."""
+        rows, columns = rules.base.shape
+        cell = columns + 1
+        for _ in range(TRIES):
+            row, column = roll(lanes, n, rows), roll(lanes, n, columns)
+            if not rules.roomy[row, column] or lanes.grid[n, row, column] != 0:
+                continue
+            cell = row * columns + column
+            free = abs(lanes.pose[n, 0] - column - 0.5) > 1.0 or abs(lanes.pose[n, 1] - row - 0.5) > 1.0
+            for s in range(lanes.kinds.shape[1]):
+                if lanes.kinds[n, s] >= 0 and int(lanes.places[n, s, 0]) == column and int(lanes.places[n, s, 1]) == row:
+                    free = False
+            if free:
+                break
+        return cell
+
+    free_cell = compiled(free_cell)
+
+    def scatter(rules, lanes, n, s):
+        """Puts thing s at a random free place."""
+        kind = lanes.kinds[n, s]
+        lanes.kinds[n, s] = -1
+        cell = free_cell(rules, lanes, n)
+        lanes.kinds[n, s] = kind
+        lanes.places[n, s, 0] = cell % rules.base.shape[1] + 0.5
+        lanes.places[n, s, 1] = cell // rules.base.shape[1] + 0.5
+
+    scatter = compiled(scatter)
+
+    def carve(rules, lanes, n):
+        """A random perfect maze over the rooms of odd row and column: depth-first search, whose way back stands in the rooms themselves."""
+        rows, columns = rules.base.shape
+        for row in range(rows):
+            for column in range(columns):
+                lanes.grid[n, row, column] = _SOLID
+        row, column = 1 + 2 * roll(lanes, n, (rows - 1) // 2), 1 + 2 * roll(lanes, n, (columns - 1) // 2)
+        came = _ROOT
+        lanes.grid[n, row, column] = came
+        while True:
+            chosen, ways = -1, 0
+            for way in range(4):
+                r, c = row + 2 * _DOWN[way], column + 2 * _RIGHT[way]
+                if 0 < r < rows - 1 and 0 < c < columns - 1 and lanes.grid[n, r, c] == _SOLID:
+                    ways += 1
+                    if roll(lanes, n, ways) == 0:
+                        chosen = way
+            if chosen >= 0:
+                lanes.grid[n, row + _DOWN[chosen], column + _RIGHT[chosen]] = 0
+                row, column = row + 2 * _DOWN[chosen], column + 2 * _RIGHT[chosen]
+                lanes.grid[n, row, column] = _ROOT + 1 + chosen
+            else:
+                came = int(lanes.grid[n, row, column])
+                lanes.grid[n, row, column] = 0
+                if came == _ROOT:
+                    break
+                row, column = row - 2 * _DOWN[came - _ROOT - 1], column - 2 * _RIGHT[came - _ROOT - 1]
+        for row in range(rows):
+            for column in range(columns):
+                if lanes.grid[n, row, column] == _SOLID:
+                    lanes.grid[n, row, column] = rules.base[row, column]
+
+    carve = compiled(carve)
+
+    def start(rules, lanes, n):
+        """Draws anew, and takes the body to a start."""
+        if rules.draws.shape[0] > 0:
+            drawn = roll(lanes, n, rules.draws.shape[0])
+            for k in range(rules.slots.shape[0]):
+                row, column, s = rules.slots[k, 0], rules.slots[k, 1], rules.slots[k, 2]
+                value = rules.draws[drawn, k]
+                lanes.grid[n, row, column] = max(value, 0)
+                lanes.kinds[n, s] = max(-value - 1, -1)
+        if rules.starts.shape[0] > 0:
+            t = roll(lanes, n, rules.starts.shape[0])
+            x, y, angle = rules.starts[t, 0], rules.starts[t, 1], rules.starts[t, 2]
+        else:
+            cell = free_cell(rules, lanes, n)
+            x, y, angle = cell % rules.base.shape[1] + 0.5, cell // rules.base.shape[1] + 0.5, math.nan
+        if math.isnan(angle):
+            angle = roll(lanes, n, 1 << 20) * (2.0 * math.pi / (1 << 20))
+        lanes.pose[n, 0], lanes.pose[n, 1], lanes.pose[n, 2] = x, y, angle
+
+    start = compiled(start)
+
+    def open_lane(rules, lanes, n):
+        """Begins an episode in lane n."""
+        lanes.clock[n] = 0
+        if rules.maze[0] > 0:
+            carve(rules, lanes, n)
+        else:
+            for row in range(rules.base.shape[0]):
+                for column in range(rules.base.shape[1]):
+                    lanes.grid[n, row, column] = rules.base[row, column]
+        for s in range(rules.kinds.shape[0]):
+            lanes.kinds[n, s] = -1
+        lanes.pose[n, 0], lanes.pose[n, 1] = -9.0, -9.0  # nowhere
+        for s in range(rules.kinds.shape[0]):
+            lanes.kinds[n, s] = rules.kinds[s]
+            lanes.places[n, s, 0], lanes.places[n, s, 1] = rules.homes[s, 1] + 0.5, rules.homes[s, 0] + 0.5
+            if rules.homes[s, 0] < 0:
+                scatter(rules, lanes, n, s)
+        start(rules, lanes, n)
+
+    def walk(lanes, n, dx, dy):
+        """Moves the body, along x and then along y, as far as walls let it."""
+        x, y = lanes.pose[n, 0], lanes.pose[n, 1]
+        top, bottom = int(y - BODY), int(y + BODY)
+        if dx > 0:
+            column = int(x + dx + BODY)
+            blocked = lanes.grid[n, top, column] != 0 or lanes.grid[n, bottom, column] != 0
+            x = column - BODY - SKIN if blocked else x + dx
+        elif dx < 0:
+            column = int(x + dx - BODY)
+            blocked = lanes.grid[n, top, column] != 0 or lanes.grid[n, bottom, column] != 0
+            x = column + 1 + BODY + SKIN if blocked else x + dx
+        left, right = int(x - BODY), int(x + BODY)
+        if dy > 0:
+            row = int(y + dy + BODY)
+            blocked = lanes.grid[n, row, left] != 0 or lanes.grid[n, row, right] != 0
+            y = row - BODY - SKIN if blocked else y + dy
+        elif dy < 0:
+            row = int(y + dy - BODY)
+            blocked = lanes.grid[n, row, left] != 0 or lanes.grid[n, row, right] != 0
+            y = row + 1 + BODY + SKIN if blocked else y + dy
+        lanes.pose[n, 0], lanes.pose[n, 1] = x, y
+
+    walk = compiled(walk)
+
+    def step_lane(rules, lanes, n, action):
+        """Plays FRAMES_PER_STEP frames of lane n, fewer where its episode ends. (reward, 1 where it ended else 0)."""
+        reward = 0.0
+        for _ in range(FRAMES_PER_STEP):
+            angle = lanes.pose[n, 2] + TURN * TURNS[action]
+            if angle < 0.0:
+                angle += 2.0 * math.pi
+            elif angle >= 2.0 * math.pi:
+                angle -= 2.0 * math.pi
+            lanes.pose[n, 2] = angle
+            ahead_x, ahead_y, ahead, aside = math.cos(angle), math.sin(angle), AHEAD[action], ASIDE[action]
+            if ahead != 0 or aside != 0:
+                walk(lanes, n, WALK * (ahead * ahead_x - aside * ahead_y), WALK * (ahead * ahead_y + aside * ahead_x))
+            lanes.clock[n] += 1
+            ended = lanes.clock[n] >= rules.limit[0]
+            for s in range(lanes.kinds.shape[1]):
+                kind = lanes.kinds[n, s]
+                if kind < 0:
+                    continue
+                dx, dy = lanes.places[n, s, 0] - lanes.pose[n, 0], lanes.places[n, s, 1] - lanes.pose[n, 1]
+                if dx * dx + dy * dy >= REACH * REACH:
+                    continue
+                reward += rules.reward[kind]
+                then = rules.then[kind]
+                if then == ELSEWHERE:
+                    scatter(rules, lanes, n, s)
+                elif then == RESTART:
+                    start(rules, lanes, n)
+                    break
+                elif then == END:
+                    ended = True
+                    break
+                else:
+                    lanes.kinds[n, s] = -1
+            if ended:
+                return reward, 1
+        return reward, 0
+
+    return compiled(open_lane), compiled(step_lane)
+
+
+_open_lane, _step_lane = make_functions(njit(nogil=True, error_model="numpy"))
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def open_lanes(rules, lanes, first, stop, which):
+    """Begins an episode in those lanes of first..stop where which uint8 (N) is not 0."""
+    for n in range(first, stop):
+        if which[n] != 0:
+            _open_lane(rules, lanes, n)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def step_lanes(rules, lanes, first, stop, actions, reward, ended):
+    """Plays a step of lanes first..stop by actions int64 (N); writes reward float32 (N) and ended uint8 (N)."""
+    for n in range(first, stop):
+        reward[n], ended[n] = _step_lane(rules, lanes, n, actions[n])
