@@ -16,7 +16,7 @@ import torch
 
 from envs.cpus import usable_cpus
 
-OWN_PATHS = {"--sb3-python": "/path/to/venv/bin/python"}  # of one machine, no matter to others
+OWN_PATHS = dict.fromkeys(("--sb3-python", "--rival-python"), "/path/to/venv/bin/python")  # of one machine, no matter to others
 
 LOAD = os.getloadavg()[0]
 """Processes that wanted to run when the benchmark began."""
