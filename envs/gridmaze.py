@@ -1,7 +1,7 @@
 """The maze seen from above of STRAW (Vezhnevets et al. 2016, arXiv 1606.04695, section 4.1): pixels in, one frame a step.
 
-Lanes live on the host and are moved by compiled loops. Everything random in a lane comes from its own stream, SplitMix64 (Steele et al.
-2014). A goal that stays draws nothing, so a lane's row of mazes follows from its seed alone, whoever walks them.
+Lanes live on the host and are moved by compiled loops. Everything random in a lane comes from its own stream (`envs.mazes`). A
+goal that stays draws nothing, so a lane's row of mazes follows from its seed alone, whoever walks them.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from numba import njit
 from torch import Tensor
 
 from envs.api import Spec, Step, UserError, check_actions, first_step
+from envs.mazes import DOWN, RIGHT, SOLID, make_functions
 from envs.seeds import lane_seed
 from envs.transfer import Transfer
 
 ACTIONS = ("UP", "DOWN", "LEFT", "RIGHT")
-DOWN, RIGHT = (-1, 1, 0, 0), (0, 0, -1, 1)  # rows and columns that each action moves
 FLOOR, WALL, GOAL, AGENT = range(4)
 PALETTES = {"rgb": ((240, 240, 240), (32, 32, 32), (30, 90, 220), (220, 50, 30)), "grey": ((170,), (0,), (85,), (255,))}
 """What floor, wall, goal and agent look like: a value a channel. The agent hides a goal that it stands on."""
@@ -194,15 +194,7 @@ class GridMaze:
         return pictures
 
 
-@njit(cache=True)
-def _roll(dice, n, sides):
-    """A random int in 0 .. sides - 1 from lane n's stream; sides at most 2^32."""
-    state = dice[n] + np.uint64(0x9E3779B97F4A7C15)
-    dice[n] = state
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    state = state ^ (state >> np.uint64(31))
-    return np.int64((state >> np.uint64(32)) * np.uint64(sides) >> np.uint64(32))
+_roll, _carve = make_functions(njit(error_model="numpy"))
 
 
 @njit(cache=True)
@@ -212,35 +204,15 @@ def _room(number, side):
 
 
 @njit(cache=True)
-def _carve(grid, dice, n, openings):
-    """A random maze by depth-first search over the rooms; of the walls still between two, each opens where a roll lies below `openings`."""
+def _make_maze(grid, dice, n, openings):
+    """A random maze; of the walls between two rooms, each opens where a roll lies below `openings`."""
     size = grid.shape[0]
-    side = size // 2
-    trail = np.empty((side * side, 2), np.int64)
-    grid[:] = WALL
-    trail[0] = _room(_roll(dice, n, side * side), side)
-    grid[trail[0, 0], trail[0, 1]] = FLOOR
-    length = 1
-    while length > 0:
-        row, column = trail[length - 1]
-        chosen, ways = -1, 0
-        for way in range(4):
-            r, c = row + 2 * DOWN[way], column + 2 * RIGHT[way]
-            if 0 < r < size - 1 and 0 < c < size - 1 and grid[r, c] == WALL:
-                ways += 1
-                if _roll(dice, n, ways) == 0:
-                    chosen = way
-        if chosen < 0:
-            length -= 1
-            continue
-        r, c = row + 2 * DOWN[chosen], column + 2 * RIGHT[chosen]
-        grid[row + DOWN[chosen], column + RIGHT[chosen]] = grid[r, c] = FLOOR
-        trail[length] = r, c
-        length += 1
-    for row in range(1, size - 1):
-        for column in range(1 + row % 2, size - 1, 2):
-            if grid[row, column] == WALL and _roll(dice, n, SURE) < openings:
-                grid[row, column] = FLOOR
+    _carve(grid, dice, n)
+    for row in range(size):
+        for column in range(size):
+            if grid[row, column] == SOLID:
+                inside = 0 < row < size - 1 and 0 < column < size - 1 and (row + column) % 2 == 1
+                grid[row, column] = FLOOR if inside and _roll(dice, n, SURE) < openings else WALL
 
 
 @njit(cache=True)
@@ -249,7 +221,7 @@ def _open_lanes(lanes, which, openings):
     side = lanes.grid.shape[1] // 2
     for n in range(which.shape[0]):
         if which[n]:
-            _carve(lanes.grid[n], lanes.dice, n, openings)
+            _make_maze(lanes.grid[n], lanes.dice, n, openings)
             start, goal = _roll(lanes.dice, n, side * side), _roll(lanes.dice, n, side * side - 1)
             lanes.agent[n] = _room(start, side)
             lanes.goal[n] = _room(goal + (goal >= start), side)

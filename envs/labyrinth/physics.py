@@ -3,7 +3,7 @@
 Units: a cell of the map is 1, time goes by frames, 60 a second. The body is a disc that walls stop along each axis by itself, so it slides
 along them. There is no inertia: an action moves from its first frame and stops with its last.
 
-Everything random comes from the lane's own stream, SplitMix64 (Steele et al. 2014), so a lane's fate follows from its seed and actions.
+Everything random comes from the lane's own stream (`envs.mazes`), so a lane's fate follows from its seed and actions.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
+
+from envs import mazes
 
 FRAMES_PER_SECOND = 60
 FRAMES_PER_STEP = 4
@@ -27,8 +29,6 @@ THEN = ("gone", "elsewhere", "restart", "end")
 """What follows where a thing is taken: it vanishes; it comes back at a random free place; the lane goes back to a start and draws anew; its
 episode ends."""
 GONE, ELSEWHERE, RESTART, END = range(4)
-_DOWN, _RIGHT = (-1, 1, 0, 0), (0, 0, -1, 1)
-_ROOT, _SOLID = 250, 255  # of a maze that is being carved: where it began, what is not reached yet; _ROOT + 1 + way: how a room was reached
 ACTIONS = ("MOVE_LEFT", "MOVE_RIGHT", "TURN_LEFT", "TURN_RIGHT", "FORWARD", "BACKWARD", "FORWARD_TURN_LEFT", "FORWARD_TURN_RIGHT")
 AHEAD, ASIDE, TURNS = (0, 0, 0, 0, 1, -1, 1, 1), (-1, 1, 0, 0, 0, 0, 0, 0), (0, 0, -1, 1, 0, 0, -1, 1)  # of each action; to the right
 
@@ -86,23 +86,14 @@ class Lanes(NamedTuple):
 def make_functions(compiled: Callable[..., Any]) -> tuple[Any, Any]:
     """(open_lane, step_lane), compiled by `compiled`, the decorator of the CPU or of CUDA."""
 
-    def roll(lanes, n, sides):
-        """A random int in 0 .. sides - 1."""
-        state = lanes.dice[n] + np.uint64(0x9E3779B97F4A7C15)
-        lanes.dice[n] = state
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        state = state ^ (state >> np.uint64(31))
-        return int((state >> np.uint64(32)) * np.uint64(sides) >> np.uint64(32))
-
-    roll = compiled(roll)
+    roll, carve = mazes.make_functions(compiled)
 
     def free_cell(rules, lanes, n):
         """row * C + column of a random cell that is roomy, without a wall or a thing and not under the body; some roomy one if none is."""
         rows, columns = rules.base.shape
         cell = columns + 1
         for _ in range(TRIES):
-            row, column = roll(lanes, n, rows), roll(lanes, n, columns)
+            row, column = roll(lanes.dice, n, rows), roll(lanes.dice, n, columns)
             if not rules.roomy[row, column] or lanes.grid[n, row, column] != 0:
                 continue
             cell = row * columns + column
@@ -127,57 +118,23 @@ def make_functions(compiled: Callable[..., Any]) -> tuple[Any, Any]:
 
     scatter = compiled(scatter)
 
-    def carve(rules, lanes, n):
-        """A random perfect maze over the rooms of odd row and column: depth-first search, whose way back stands in the rooms themselves."""
-        rows, columns = rules.base.shape
-        for row in range(rows):
-            for column in range(columns):
-                lanes.grid[n, row, column] = _SOLID
-        row, column = 1 + 2 * roll(lanes, n, (rows - 1) // 2), 1 + 2 * roll(lanes, n, (columns - 1) // 2)
-        came = _ROOT
-        lanes.grid[n, row, column] = came
-        while True:
-            chosen, ways = -1, 0
-            for way in range(4):
-                r, c = row + 2 * _DOWN[way], column + 2 * _RIGHT[way]
-                if 0 < r < rows - 1 and 0 < c < columns - 1 and lanes.grid[n, r, c] == _SOLID:
-                    ways += 1
-                    if roll(lanes, n, ways) == 0:
-                        chosen = way
-            if chosen >= 0:
-                lanes.grid[n, row + _DOWN[chosen], column + _RIGHT[chosen]] = 0
-                row, column = row + 2 * _DOWN[chosen], column + 2 * _RIGHT[chosen]
-                lanes.grid[n, row, column] = _ROOT + 1 + chosen
-            else:
-                came = int(lanes.grid[n, row, column])
-                lanes.grid[n, row, column] = 0
-                if came == _ROOT:
-                    break
-                row, column = row - 2 * _DOWN[came - _ROOT - 1], column - 2 * _RIGHT[came - _ROOT - 1]
-        for row in range(rows):
-            for column in range(columns):
-                if lanes.grid[n, row, column] == _SOLID:
-                    lanes.grid[n, row, column] = rules.base[row, column]
-
-    carve = compiled(carve)
-
     def start(rules, lanes, n):
         """Draws anew, and takes the body to a start."""
         if rules.draws.shape[0] > 0:
-            drawn = roll(lanes, n, rules.draws.shape[0])
+            drawn = roll(lanes.dice, n, rules.draws.shape[0])
             for k in range(rules.slots.shape[0]):
                 row, column, s = rules.slots[k, 0], rules.slots[k, 1], rules.slots[k, 2]
                 value = rules.draws[drawn, k]
                 lanes.grid[n, row, column] = max(value, 0)
                 lanes.kinds[n, s] = max(-value - 1, -1)
         if rules.starts.shape[0] > 0:
-            t = roll(lanes, n, rules.starts.shape[0])
+            t = roll(lanes.dice, n, rules.starts.shape[0])
             x, y, angle = rules.starts[t, 0], rules.starts[t, 1], rules.starts[t, 2]
         else:
             cell = free_cell(rules, lanes, n)
             x, y, angle = cell % rules.base.shape[1] + 0.5, cell // rules.base.shape[1] + 0.5, math.nan
         if math.isnan(angle):
-            angle = roll(lanes, n, 1 << 20) * (2.0 * math.pi / (1 << 20))
+            angle = roll(lanes.dice, n, 1 << 20) * (2.0 * math.pi / (1 << 20))
         lanes.pose[n, 0], lanes.pose[n, 1], lanes.pose[n, 2] = x, y, angle
 
     start = compiled(start)
@@ -186,10 +143,10 @@ def make_functions(compiled: Callable[..., Any]) -> tuple[Any, Any]:
         """Begins an episode in lane n."""
         lanes.clock[n] = 0
         if rules.maze[0] > 0:
-            carve(rules, lanes, n)
-        else:
-            for row in range(rules.base.shape[0]):
-                for column in range(rules.base.shape[1]):
+            carve(lanes.grid[n], lanes.dice, n)
+        for row in range(rules.base.shape[0]):
+            for column in range(rules.base.shape[1]):
+                if rules.maze[0] == 0 or lanes.grid[n, row, column] != 0:
                     lanes.grid[n, row, column] = rules.base[row, column]
         for s in range(rules.kinds.shape[0]):
             lanes.kinds[n, s] = -1
