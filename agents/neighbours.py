@@ -31,18 +31,21 @@ class Estimate(NamedTuple):
 
 
 class Table:
-    """The rows of one action: keys float32 (rows, D), values float32, hashes and stamps int64 (rows), of which `size` are in use."""
+    """The rows of one action, of which `size` are in use: keys float32 (rows, D), values float32, hashes and stamps int64 (rows), and
+    moments float32 (rows, M) of an optimiser where rows are learned."""
 
-    def __init__(self, dims: int, rows: int, device: torch.device) -> None:
+    def __init__(self, dims: int, rows: int, device: torch.device, moments: int = 0) -> None:
         self.size = 0
         self.keys = torch.empty(rows, dims, device=device)
         self.values = torch.empty(rows, device=device)
         self.hashes = torch.empty(rows, dtype=torch.int64, device=device)
         self.stamps = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.moments = torch.zeros(rows, moments, device=device)
 
     def columns(self) -> dict[str, Tensor]:
         """The tensors by name, whole."""
-        return {"keys": self.keys, "values": self.values, "hashes": self.hashes, "stamps": self.stamps}
+        columns = {"keys": self.keys, "values": self.values, "hashes": self.hashes, "stamps": self.stamps}
+        return columns | ({"moments": self.moments} if self.moments.shape[1] else {})
 
     def reserve(self, rows: int, capacity: int) -> None:
         """Makes room for `rows` rows, one tensor after another, so that only one is held twice at a time."""
@@ -63,18 +66,21 @@ def allocated(rows: int, room: int, capacity: int) -> int:
     return min(room, capacity)
 
 
-class Neighbours:
-    """One table an action. A value only rises; a full table gives up the rows that were used (read or written) longest ago.
+class Tables:
+    """One table an action, whose rows are found by exact match or by nearness. A full table gives up those that were used longest ago.
 
-    Keys and values live on `device`. Tables grow by an eighth, up to `capacity` rows each.
+    What a value is, and how it is read and written, is for the classes built on this one. Keys and values live on `device`. Tables grow by
+    an eighth, up to `capacity` rows each.
 
     Args:
         num_actions: A.
         dims: D, the length of a key.
         capacity: rows that each table may hold, at least k.
-        k: neighbours that an estimate averages.
+        k: neighbours that an estimate reads.
         search: backend of the nearest-neighbour search (see `agents.search.make_search`).
     """
+
+    moments = 0  # of a row
 
     def __init__(self, num_actions: int, dims: int, capacity: int, k: int, device: torch.device, search: str = "auto") -> None:
         if k < 1:
@@ -87,7 +93,7 @@ class Neighbours:
 
     def _clear(self) -> None:
         first = min(FIRST_ROWS, self.capacity)
-        self.tables = [Table(self.dims, first, self.device) for _ in range(self.num_actions)]
+        self.tables = [Table(self.dims, first, self.device, self.moments) for _ in range(self.num_actions)]
         self._ready = torch.zeros(self.num_actions, dtype=torch.bool, device=self.device)
         self._clock = 0
         self._index = HashIndex(self.device)
@@ -117,27 +123,7 @@ class Neighbours:
         return rows * self._bytes_per_row() + HashIndex.required_bytes(entries) + largest * max(4 * self.dims, self._search.bytes_per_entry)
 
     def _bytes_per_row(self) -> int:
-        return 4 * self.dims + 4 + 8 + 8 + self._search.bytes_per_entry
-
-    def estimate(self, keys: Tensor, hashes: Tensor) -> Estimate:
-        """The value of each action: that of the exact match, else the plain mean over the k nearest keys (equation 2 of MFEC).
-
-        An action with fewer than k entries is worth +inf, so that it is tried first. Changes nothing.
-
-        Args:
-            keys: float32 (N, D).
-            hashes: int64 (N), of the raw frames.
-        """
-        exact_rows = self._index.lookup(action_hashes(hashes, self.num_actions))
-        exact = (exact_rows >= 0) & self._ready
-        keys_of = [table.keys for table in self.tables]
-        _, rows = self._search.nearest(keys_of, self.sizes, keys, self._ready & ~exact, self.k)
-        known, near = exact_rows.clamp(min=0), rows.clamp(min=0)
-        exact_value = torch.stack([table.values[known[:, action]] for action, table in enumerate(self.tables)], dim=1)
-        mean = torch.stack([table.values[near[:, action]].mean(1) for action, table in enumerate(self.tables)], dim=1)
-        value = torch.where(exact, exact_value, mean)
-        rows[:, :, 0] = torch.where(exact, exact_rows, rows[:, :, 0])
-        return Estimate(torch.where(self._ready, value, torch.inf), exact, rows)
+        return 4 * self.dims + 4 + 8 + 8 + 4 * self.moments + self._search.bytes_per_entry
 
     def touch(self, rows: Tensor) -> None:
         """Marks rows int64 (N, A, k) of an estimate (-1: none) as used now."""
@@ -148,33 +134,8 @@ class Neighbours:
         for action, table in enumerate(self.tables):
             table.stamps.scatter_reduce_(0, read[action], stamps[action], "amax")
 
-    def write(self, actions: Tensor, keys: Tensor, hashes: Tensor, values: Tensor) -> None:
-        """Writes steps, new pairs of (frame, action) as new rows; a known pair keeps the larger value (equation 1 of MFEC).
-
-        Args:
-            actions: int64 (T).
-            keys: float32 (T, D).
-            hashes: int64 (T), of the raw frames.
-            values: float (T), the returns.
-        """
-        self._clock += 1
-        pairs = action_hashes(hashes, self.num_actions).gather(1, actions.unsqueeze(1)).squeeze(1)
-        pairs, group = pairs.unique(return_inverse=True)
-        best = torch.full(pairs.shape, -torch.inf, device=self.device)
-        best = best.scatter_reduce(0, group, values.to(torch.float32), "amax")
-        step = torch.zeros_like(pairs).scatter_reduce(0, group, torch.arange(group.shape[0], device=self.device), "amax")
-        action, rows = actions[step], self._index.lookup(pairs)
-        for number, table in enumerate(self.tables):
-            mine = action == number
-            known = (mine & (rows >= 0)).nonzero().squeeze(1)
-            table.values[rows[known]] = torch.maximum(table.values[rows[known]], best[known])
-            table.stamps[rows[known]] = self._clock
-            new = (mine & (rows < 0)).nonzero().squeeze(1)
-            if new.shape[0]:
-                new = new[step[new].argsort()[-self.capacity :]]
-                self._append(number, keys[step[new]], pairs[new], best[new])
-
-    def _append(self, action: int, keys: Tensor, pairs: Tensor, values: Tensor) -> None:
+    def _append(self, action: int, keys: Tensor, pairs: Tensor, values: Tensor) -> Tensor:
+        """Writes new entries of `action`, at most `capacity` and no pair twice, into new rows or over old ones: the rows int64 (M)."""
         table, count = self.tables[action], pairs.shape[0]
         fresh = min(count, self.capacity - table.size)
         rows = torch.arange(table.size, table.size + fresh, device=self.device)
@@ -188,9 +149,14 @@ class Neighbours:
         self._ready[action] = table.size >= self.k
         self._index.insert(pairs, rows)
         self._search.written(action, table.keys, rows)
+        return rows
+
+    def _pairs(self, actions: Tensor, hashes: Tensor) -> Tensor:
+        """The hashes int64 (T) of pairs of a frame, by its hash, and an action."""
+        return action_hashes(hashes, self.num_actions).gather(1, actions.unsqueeze(1)).squeeze(1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Keys, values, hashes and stamps of the rows in use, table by table, and the clock. Views, not copies."""
+        """The columns of the rows in use, table by table, and the clock. Views, not copies."""
         tables = {
             str(action): {name: column[: table.size] for name, column in table.columns().items()}
             for action, table in enumerate(self.tables)
@@ -221,3 +187,52 @@ class Neighbours:
             if size:
                 self._index.insert(table.hashes[:size], torch.arange(size, device=self.device))
         self._search.rebuild([table.keys for table in self.tables], sizes)
+
+
+class Neighbours(Tables):
+    """The tables of episodic control: a value only rises, an estimate is the exact match's or the plain mean over the k nearest."""
+
+    def estimate(self, keys: Tensor, hashes: Tensor) -> Estimate:
+        """The value of each action: that of the exact match, else the plain mean over the k nearest keys (equation 2 of MFEC).
+
+        An action with fewer than k entries is worth +inf, so that it is tried first. Changes nothing.
+
+        Args:
+            keys: float32 (N, D).
+            hashes: int64 (N), of the raw frames.
+        """
+        exact_rows = self._index.lookup(action_hashes(hashes, self.num_actions))
+        exact = (exact_rows >= 0) & self._ready
+        keys_of = [table.keys for table in self.tables]
+        _, rows = self._search.nearest(keys_of, self.sizes, keys, self._ready & ~exact, self.k)
+        known, near = exact_rows.clamp(min=0), rows.clamp(min=0)
+        exact_value = torch.stack([table.values[known[:, action]] for action, table in enumerate(self.tables)], dim=1)
+        mean = torch.stack([table.values[near[:, action]].mean(1) for action, table in enumerate(self.tables)], dim=1)
+        value = torch.where(exact, exact_value, mean)
+        rows[:, :, 0] = torch.where(exact, exact_rows, rows[:, :, 0])
+        return Estimate(torch.where(self._ready, value, torch.inf), exact, rows)
+
+    def write(self, actions: Tensor, keys: Tensor, hashes: Tensor, values: Tensor) -> None:
+        """Writes steps, new pairs of (frame, action) as new rows; a known pair keeps the larger value (equation 1 of MFEC).
+
+        Args:
+            actions: int64 (T).
+            keys: float32 (T, D).
+            hashes: int64 (T), of the raw frames.
+            values: float (T), the returns.
+        """
+        self._clock += 1
+        pairs, group = self._pairs(actions, hashes).unique(return_inverse=True)
+        best = torch.full(pairs.shape, -torch.inf, device=self.device)
+        best = best.scatter_reduce(0, group, values.to(torch.float32), "amax")
+        step = torch.zeros_like(pairs).scatter_reduce(0, group, torch.arange(group.shape[0], device=self.device), "amax")
+        action, rows = actions[step], self._index.lookup(pairs)
+        for number, table in enumerate(self.tables):
+            mine = action == number
+            known = (mine & (rows >= 0)).nonzero().squeeze(1)
+            table.values[rows[known]] = torch.maximum(table.values[rows[known]], best[known])
+            table.stamps[rows[known]] = self._clock
+            new = (mine & (rows < 0)).nonzero().squeeze(1)
+            if new.shape[0]:
+                new = new[step[new].argsort()[-self.capacity :]]
+                self._append(number, keys[step[new]], pairs[new], best[new])

@@ -72,6 +72,7 @@ class Replay:
         gamma: the agent's discount for one step.
         whole_returns: whether returns of whole episodes are kept.
         device: of the batches.
+        knob: what refusals call the capacity.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Replay:
         gamma: float,
         whole_returns: bool,
         device: torch.device,
+        knob: str = "agent.capacity",
     ) -> None:
         if not 1 <= n_steps <= 255:
             raise UserError(f"agent.n_steps must be 1 to 255, got {n_steps}")
@@ -92,9 +94,9 @@ class Replay:
         if num_actions > 256:
             raise UserError(f"the replay holds up to 256 actions, got {num_actions}")
         if capacity < self._least(n_steps, stack_frames):
-            raise UserError(f"agent.capacity must be at least {self._least(n_steps, stack_frames)} for each environment, got {capacity}")
+            raise UserError(f"{knob} must be at least {self._least(n_steps, stack_frames)} for each environment, got {capacity}")
         self.capacity, self.obs_shape, self.stack_frames, self.n_steps, self.gamma = capacity, obs_shape, stack_frames, n_steps, gamma
-        self.whole_returns, self.device = whole_returns, device
+        self.whole_returns, self.device, self._knob = whole_returns, device, knob
         self.lanes = self.ring = 0  # until the first append tells how many lanes there are
         self.memory_device = device
         if device.type == "cuda" and self.capacity * self.bytes_per_slot > GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
@@ -131,7 +133,7 @@ class Replay:
         self.lanes, self.ring = lanes, self.capacity // lanes
         if self.ring < self._least(self.n_steps, self.stack_frames):
             least = lanes * self._least(self.n_steps, self.stack_frames)
-            raise UserError(f"agent.capacity must be at least {least} for {lanes} environments, got {self.capacity}")
+            raise UserError(f"{self._knob} must be at least {least} for {lanes} environments, got {self.capacity}")
         slots = lanes * self.ring
         self._frames = self._take((slots + 1, *self.obs_shape), torch.uint8)  # the last one is blank: it stands for "before"
         self._fields = {name: self._take((slots,), dtype) for name, dtype in self._dtypes().items()}
@@ -151,7 +153,7 @@ class Replay:
     def _take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Zeros where frames and numbers lie."""
         if self.memory_device.type == "cpu":
-            return reserve(shape, dtype)
+            return reserve(shape, dtype, self._knob)
         return torch.zeros(shape, dtype=dtype, device=self.memory_device)
 
     def __len__(self) -> int:
