@@ -205,6 +205,18 @@ def test_a_step_of_all_entries_equals_autograd_on_the_whole_tables():
     assert all(torch.equal(untouched[name], tables[2][name]) for name in untouched)
 
 
+def test_an_entry_that_takes_the_place_of_another_has_moments_of_its_own():
+    memory = small(capacity=2)
+    write(memory, 0, [0.0, 1.0], [1, 2], [2.0, 8.0])
+    descend(memory, torch.tensor([[0.3]]), torch.tensor([0]), torch.tensor([9.0]))
+    moments = memory.tables[0].moments
+    assert bool((moments[:2] > 0).all())
+    memory.touch(torch.tensor([[[0, -1], [-1, -1]]]))
+    write(memory, 0, [5.0], [3], [1.0])
+    assert moments[1].tolist() == [0.0, 0.0]
+    assert bool((moments[0] > 0).all())
+
+
 def test_steps_lower_the_loss():
     torch.manual_seed(3)
     memory, queries, actions, goals = filled(), torch.randn(20, 5) * 3, torch.arange(20) % 3, torch.randn(20)

@@ -25,6 +25,7 @@ def test_stopped_and_resumed_equals_never_stopped(tmp_path, encoder):
 
 
 DQN = ["agent=dqn", "agent.capacity=400", "agent.learning_starts_frames=64", "agent.update_frames=16", "agent.target_frames=128"]
+NEC = ["agent=neural_episodic_control", "agent.learning_starts_frames=64", "agent.epsilon_frames=400", "agent.capacity=100", "agent.k=5"]
 LEARNERS = {
     "a3c": ["agent=a3c"],
     "a3c-lstm": ["agent=a3c", "agent.recurrent=lstm", "agent.learning_rate_frames=3200"],
@@ -34,6 +35,7 @@ LEARNERS = {
     "dqn-pixelcnn-eta": [*DQN, "density=pixelcnn", "agent.eta=0.1", "agent.n_steps=3"],
     "dqn-hash_counts": [*DQN, "density=hash_counts", "bonus=inverse", "agent.dueling=true"],
     "dqn-nade": [*DQN, "density=nade"],
+    "neural_episodic_control": NEC,
     "dqn-vae": [*DQN, "density=vae", "bonus.allow_bound=true"],
 }
 
