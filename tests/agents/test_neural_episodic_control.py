@@ -24,8 +24,6 @@ QUICK = {
     "replay_capacity": 4000,
     "learning_starts_frames": 500,
     "update_frames": 8,
-    "learning_rate": 1e-4,
-    "optimiser_epsilon": 1e-5,
     "precision": "float32",
 }
 
