@@ -39,13 +39,21 @@ class Recoding(NamedTuple):
 
 
 class PlanStep(NamedTuple):
-    """One step of a macro-action plan; see `Planner.advance`."""
+    """One step of a macro-action plan.
+
+    Attributes:
+        logits: float32 (B, A), of this step's actions.
+        plan: float32 (B, ...), after the step.
+        replanned: bool (B), where the plan was made anew.
+        cost: float32 (B), what the step adds to the agent's loss.
+        noise: float32 (B, ...), every random draw of the step.
+    """
 
     logits: Tensor
-    plan: Any
+    plan: Tensor
     replanned: Tensor
     cost: Tensor
-    noise: Any
+    noise: Tensor
 
 
 @runtime_checkable
@@ -118,11 +126,17 @@ class Simulator(Model, Protocol):
 
 
 @runtime_checkable
-class Planner(Protocol):
-    """A module that plans macro-actions; its parameters join the agent's optimiser."""
+class Planner(Model, Protocol):
+    """A torch module that plans macro-actions; its parameters join the agent's optimiser.
 
-    def start(self, batch: int) -> Any:
-        """The empty plan of `batch` lanes."""
+    A plan is a value: one float32 tensor, batch first, whose rows the agent replaces by empty ones where episodes open.
+    """
 
-    def advance(self, features: Tensor, plan: Any, noise: Any = None) -> PlanStep:
+    def connect(self, features: int) -> None:
+        """Makes the layers that see `features` (B, D). Called once, by the agent that takes the planner, before all else."""
+
+    def start(self, batch: int) -> Tensor:
+        """The empty plans of `batch` lanes, float32 (B, ...)."""
+
+    def advance(self, features: Tensor, plan: Tensor, noise: Tensor | None = None) -> PlanStep:
         """features (B, D). `noise` given back from the agent's notes makes the step repeatable and differentiable."""
