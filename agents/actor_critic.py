@@ -15,11 +15,13 @@ from agents.capture import captured
 from agents.half import fastest_torso
 from agents.nets import Recurrent, head
 from agents.optimise import FlatOptimiser, Kind, working_dtype
+from agents.planned import Course, Planned, course_metrics
 from agents.returns import advantages
 from agents.rollout import Batch, Carry, Rollout, Successor
 from agents.schedules import linear
 from agents.stack import empty_stack, push_frame
 from envs.api import Spec, Step, UserError
+from generative.api import Planner
 
 POLICY_GAIN = 0.01  # logits start near 0, so play starts uniform
 
@@ -35,30 +37,52 @@ class Latest(NamedTuple):
     value: Tensor
 
 
-class PolicyAndValue(nn.Module):
-    """Torso, an optional recurrent core, and two heads: logits and value."""
+class Output(NamedTuple):
+    """What the network makes of T steps of N lanes: logits float32 (T, N, A), value (T, N), the state after, and the course of plans."""
 
-    def __init__(self, spec: Spec, stack_frames: int, recurrent: str, precision: str, device: torch.device) -> None:
+    logits: Tensor
+    value: Tensor
+    state: Tensor
+    course: Course | None = None
+
+
+class PolicyAndValue(nn.Module):
+    """Torso, an optional recurrent core, and two heads: logits and value. The logits of a planner take the place of a head's."""
+
+    def __init__(
+        self, spec: Spec, stack_frames: int, recurrent: str, precision: str, device: torch.device, planner: Planner | None = None
+    ) -> None:
         super().__init__()
         self.torso = fastest_torso(spec.obs_shape, stack_frames, precision, device)
         features = self.torso.features
         self.core = Recurrent(recurrent, features) if recurrent != "none" else None
         if self.core is not None:
             features = self.core.units
-        self.policy = head(features, spec.num_actions, POLICY_GAIN)
+        self.policy = head(features, spec.num_actions, POLICY_GAIN) if planner is None else Planned(planner, features)
         self.value = head(features, 1)
 
     def initial(self, lanes: int, device: torch.device) -> Tensor:
-        """The recurrent state before an episode's first frame: zeros, float32 (N, S, D)."""
+        """The state before an episode's first frame, float32: zeros (N, S, D) of a recurrent core, or an empty plan (N, ...)."""
+        if isinstance(self.policy, Planned):
+            return self.policy.planner.start(lanes)
         rows, units = (self.core.rows, self.core.units) if self.core is not None else (0, 1)
         return torch.zeros(lanes, rows, units, device=device)
 
-    def forward(self, features: Tensor, opens: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The torso's features (T * N, D), bool (T, N), float32 (N, S, D) -> logits float32 (T, N, A), value (T, N), the state after."""
-        if self.core is not None:
-            outputs, state = self.core(features.unflatten(0, opens.shape), state, opens)
-            features = outputs.flatten(0, 1)
-        return self.policy(features).unflatten(0, opens.shape), self.value(features).view(opens.shape), state
+    def forward(self, features: Tensor, opens: Tensor, state: Tensor, noise: Tensor | None = None) -> Output:
+        """The torso's features (T * N, D), bool (T, N), float32 (N, ...), a planner's draws (T, N, ...) or None for new ones -> Output."""
+        features, state = self.remember(features, opens, state)
+        value = self.value(features).view(opens.shape)
+        if isinstance(self.policy, Planned):
+            course = self.policy(features.unflatten(0, opens.shape), opens, state, noise)
+            return Output(course.logits, value, course.plan, course)
+        return Output(self.policy(features).unflatten(0, opens.shape), value, state)
+
+    def remember(self, features: Tensor, opens: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """The features (T * N, D) that the heads see, after the recurrent core where there is one, and its state (N, S, D)."""
+        if self.core is None:
+            return features, state
+        outputs, state = self.core(features.unflatten(0, opens.shape), state, opens)
+        return outputs.flatten(0, 1), state
 
 
 class ActorCritic:
@@ -74,6 +98,10 @@ class ActorCritic:
     An episode cut by a time limit or at an iteration's end is bootstrapped with the value of its true successor, read with the lane's own
     memory; a termination and a lost life with nothing.
 
+    With a planner (Vezhnevets et al. 2016, arXiv 1606.04695) the logits are its own, its plan is what a lane remembers, and its cost joins
+    the loss. A rollout is walked again with the draws that were noted, so gradients flow through the plans to its first step, and
+    no further; the value is read from the features, also while a plan is followed.
+
     With a bonus the reward that is learned from is the clipped one plus `bonus_scale` times the bonus of the frame that it led to
     (Bellemare et al. 2016, arXiv 1606.01868, section 5.2: A3C+); frames are absorbed in `learn`, while the emulators work.
 
@@ -81,6 +109,7 @@ class ActorCritic:
         spec: of the environment.
         device: of the network and of what is observed.
         bonus: intrinsic rewards, or None.
+        planner: of macro-actions, or None. It takes no recurrent core beside it.
         stack_frames: K.
         recurrent: none, lstm or gru.
         gamma: discount for one agent step.
@@ -102,6 +131,7 @@ class ActorCritic:
         spec: Spec,
         device: torch.device,
         bonus: Bonus | None = None,
+        planner: Planner | None = None,
         stack_frames: int = 4,
         recurrent: str = "none",
         gamma: float = 0.99,
@@ -135,8 +165,10 @@ class ActorCritic:
                 raise UserError(f"agent.{name} must be above 0, or null for none, got {bound}")
         if recurrent not in ("none", "lstm", "gru"):
             raise UserError(f"agent.recurrent is one of none, lstm, gru, got {recurrent}")
+        if planner is not None and recurrent != "none":
+            raise UserError(f"agent.recurrent={recurrent}: with planner= a lane remembers its plan alone; leave one of the two out")
         dtype = working_dtype(precision, device)
-        self.network = PolicyAndValue(spec, stack_frames, recurrent, precision, device).to(device)
+        self.network = PolicyAndValue(spec, stack_frames, recurrent, precision, device, planner).to(device)
         kind = cast(Kind, optimiser)
         self.optimiser = FlatOptimiser(self.network, kind, learning_rate, decay, momentum, optimiser_epsilon, dtype, player="agent=a3c")
         self.bonus, self.frames = bonus, 0
@@ -162,11 +194,12 @@ class ActorCritic:
         with torch.no_grad():
             frames, stack = push_frame(carry.stack, step.obs, step.last)
             seen = self.network.torso.look(frames)
-            logits, value, state = self.network(seen["features"], step.last.unsqueeze(0), carry.state)
-            noise = torch.empty_like(logits[0]).exponential_()
-            action = (logits[0] - noise.log_()).argmax(1)  # a sample of softmax(logits), by the Gumbel trick
-        self._latest = Latest(step.obs, carry, value[0])
-        return Decision(action, Carry(stack, state), seen if explore else {})
+            out = self.network(seen["features"], step.last.unsqueeze(0), carry.state)
+            noise = torch.empty_like(out.logits[0]).exponential_()
+            action = (out.logits[0] - noise.log_()).argmax(1)  # a sample of softmax(logits), by the Gumbel trick
+        self._latest = Latest(step.obs, carry, out.value[0])
+        notes = seen if out.course is None else {**seen, "plan_noise": out.course.noise[0]}
+        return Decision(action, Carry(stack, out.state), notes if explore else {})
 
     def observe(self, step: Step, decision: Decision, after: Step) -> None:
         self._rollout.append(step, decision, after)
@@ -201,7 +234,7 @@ class ActorCritic:
         looked = torso.look(torch.cat([batch.frames, *stacks]))
         next_value = self._next_value(batch, unknown, looked["features"][lanes:])
         seen = {name: torch.cat([part[:lanes], *(notes[name] for notes in batch.notes)]) for name, part in looked.items()}
-        logits, value, _ = self.network(torso.recall(seen), batch.opens, batch.state)
+        logits, value, _, course = self.network(torso.recall(seen), batch.opens, batch.state, batch.plan_noise)
         reward = batch.reward if self._reward_clip is None else batch.reward.clamp(-self._reward_clip, self._reward_clip)
         if self.bonus is not None:
             reward = reward + self._bonus_scale * batch.bonus
@@ -212,6 +245,9 @@ class ActorCritic:
         entropy = -(log_policy.exp() * log_policy).sum(-1).mean()
         loss = policy_loss + self._value_cost * value_loss - self._entropy_cost * entropy
         parts = {"train/policy_loss": policy_loss, "train/value_loss": value_loss, "train/entropy": entropy, "train/value": value.mean()}
+        if course is not None:
+            loss = loss + course.cost.mean()
+            parts |= course_metrics(course)
         return loss, {name: part.detach() for name, part in parts.items()}
 
     def _valued(self, batch: Batch) -> Batch:
@@ -231,8 +267,8 @@ class ActorCritic:
                 next_value[successor.t] = successor.value
         if unknown:
             goes_on = torch.zeros(1, features.shape[0], dtype=torch.bool, device=features.device)
-            _, value, _ = self.network(features, goes_on, torch.cat([successor.carry.state for successor in unknown]))
-            for successor, row in zip(unknown, value.view(len(unknown), -1)):
+            features, _ = self.network.remember(features, goes_on, torch.cat([successor.carry.state for successor in unknown]))
+            for successor, row in zip(unknown, self.network.value(features).view(len(unknown), -1)):
                 next_value[successor.t] = row
         return next_value
 

@@ -13,7 +13,10 @@ from envs.api import Step
 
 
 class Carry(NamedTuple):
-    """What lanes remember: the frames before, uint8 (N, K - 1, C, H, W), and a recurrent state, float32 (N, S, D), with S = 0 for none."""
+    """What lanes remember: the frames before, uint8 (N, K - 1, C, H, W), and a state, float32 (N, ...).
+
+    The state is a recurrent core's (N, S, D), with S = 0 for none, or a planner's plan.
+    """
 
     stack: Tensor
     state: Tensor
@@ -44,7 +47,8 @@ class Batch(NamedTuple):
         frames: uint8 (N, K, C, H, W), the stacks that the first step was decided on, rebuilt from single frames.
         notes: of the decisions of the steps after the first, T - 1 of them.
         opens: bool (T, N), where a step opened an episode.
-        state: float32 (N, S, D), the recurrent state before the first step; rows of lanes that open there are to be reset.
+        state: float32 (N, ...), before the first step; rows of lanes that open there are to be reset.
+        plan_noise: float32 (T, N, ...), a planner's draws, or None.
         action: int64 (T, N).
         reward: float32 (T, N), raw.
         bonus: float32 (T, N), intrinsic, zeros where there is none.
@@ -57,6 +61,7 @@ class Batch(NamedTuple):
     notes: list[dict[str, Tensor]]
     opens: Tensor
     state: Tensor
+    plan_noise: Tensor | None
     action: Tensor
     reward: Tensor
     bonus: Tensor
@@ -110,11 +115,13 @@ class Rollout:
             if t == final or _bootstraps(after)
         ]
         reward = torch.stack([after.reward for after in afters])
+        draws = [decision.notes["plan_noise"] for decision in decisions if "plan_noise" in decision.notes]
         batch = Batch(
             frames=push_frame(carry.stack, steps[0].obs, steps[0].last)[0],
             notes=[decision.notes for decision in decisions[1:]],
             opens=torch.stack([step.last for step in steps]),
             state=carry.state,
+            plan_noise=torch.stack(draws) if draws else None,
             action=torch.stack([decision.action for decision in decisions]),
             reward=reward,
             bonus=torch.stack(self._bonus) if self._bonus else torch.zeros_like(reward),

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from lab.folder import CONFIGS
 
-METHOD_OF = {"encoder": "encode", "density": "absorb", "model": "players"}  # what a model must have to be chosen by that key
+# what a model must have to be chosen by that key
+METHOD_OF = {"encoder": "encode", "density": "absorb", "planner": "advance", "model": "players"}
 USES = """\
 python launch.py [key=value ...]
 
@@ -39,6 +40,7 @@ def explain(configs: Path = CONFIGS) -> str:
         "encoder": f"{models['encoder']} (where the agent takes an encoder)",
         "density": f"{models['density']} (where the agent takes a density)",
         "bonus": f"{options('bonus')} (likewise)",
+        "planner": f"{models['planner']} (where the agent takes a planner)",
         "model": f"{models['model']} (of job=fit)",
         "protocol": f"{', '.join(PROTOCOLS)} (of Atari)",
         "experiment": options("experiment"),
@@ -47,7 +49,8 @@ def explain(configs: Path = CONFIGS) -> str:
     lines = [USES, *(_wrapped(name, text) for name, text in groups.items()), "", "keys of every job", *_keys(configs / "config.yaml"), ""]
     for group in ("job", "agent", "env", "bonus"):
         lines += _section(configs, group)
-    lines += ["a model's keys go by what it is chosen as: encoder.KEY, density.KEY or model.KEY", "", *_section(configs, "model")]
+    lines += ["a model's keys go by what it is chosen as: encoder.KEY, density.KEY, planner.KEY or model.KEY", ""]
+    lines += _section(configs, "model")
     lines += _section(configs, "bench")
     return "\n".join(lines).rstrip()
 

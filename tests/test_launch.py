@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import launch
-from generative.api import Density, Encoder, Trainable
+from generative.api import Density, Encoder, Planner, Trainable
 from lab.configure import CONFIGS, build, compose, within_memory
 from lab.folder import parse_yaml
 
@@ -78,6 +78,15 @@ def refused(capsys, *words: str) -> str:
         (["evaluation.episodes_per_lane=1.5"], "evaluation.episodes_per_lane must be a whole number"),
         (["evaluation.video=maybe"], "evaluation.video must be true or false"),
         (["env=Catch", "encoder.features=0"], "features"),
+        (["env=Catch", "agent=a3c", "planner=straww"], "straw"),
+        (["env=Catch", "agent=a3c", "planner=vae"], "planner=vae: a VAE is no planner"),
+        (["env=Catch", "agent=dqn", "planner=straw"], "planner="),
+        (["env=Catch", "encoder=straw"], "encoder=straw: a Straw is no encoder"),
+        (["env=Catch", "agent=a3c", "planner=straw", "agent.recurrent=lstm"], "agent.recurrent=lstm"),
+        (["env=Catch", "agent=a3c", "planner=straw", "planner.filters=0"], "planner.filters must be from 1 to 100, got 0"),
+        (["env=Catch", "agent=a3c", "planner=straw", "planner.plan_steps=1e6"], "planner.plan_steps must be from 1 to 10,000"),
+        (["env=Catch", "agent=a3c", "planner=straw", "planner.replan_cost=-1"], "planner.replan_cost must be 0 or more, got -1"),
+        (["env=Catch", "agent=a3c", "planner=straw", "planner.hidden=1_000_000_000_000"], "planner does not fit into memory"),
         (["env=Catch", "encoder=vae", "encoder.latents=0"], "latents"),
         (["env=Catch", "encoder=vae", "encoder.architecture=big"], "architecture"),
         (["env=Catch", "encoder=vae", "encoder.likelihood=cauchy"], "likelihood"),
@@ -174,7 +183,7 @@ def test_help_lists_every_key_of_every_option(capsys):
         group = path.parent.name
         if group == "experiment":
             continue
-        prefixes = {"job": [""], "configs": [""], "model": ["encoder.", "density."]}.get(group, [f"{group}."])
+        prefixes = {"job": [""], "configs": [""], "model": ["encoder.", "density.", "planner."]}.get(group, [f"{group}."])
         for key in parse_yaml(path.read_text()).keys() - {"defaults", "job", "game", "_target_", "evaluation", "fit"}:
             assert any(f"{prefix}{key}" in listed for prefix in prefixes), f"{path}: {key}"
     assert {"fit.heldout", "fit.path", "evaluation.before", "data", "run"} <= listed
@@ -182,11 +191,15 @@ def test_help_lists_every_key_of_every_option(capsys):
 
 def test_help_offers_models_for_what_they_can_do(capsys):
     assert launch.main(["--help"]) == 0
-    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.startswith(("encoder ", "density ", "model "))}
+    lines = {
+        line.split()[0]: line
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith(("encoder ", "density ", "planner ", "model "))
+    }
     for path in (CONFIGS / "model").glob("*.yaml"):
         node = parse_yaml(path.read_text())
         model = build(node, "model", obs_shape=(1, 84, 84), num_actions=2, device=torch.device("cpu"))
-        for group, kind in {"encoder": Encoder, "density": Density, "model": Trainable}.items():
+        for group, kind in {"encoder": Encoder, "density": Density, "planner": Planner, "model": Trainable}.items():
             assert isinstance(model, kind) == (f" {path.stem}," in lines[group].replace(" (", ", (")), f"{group}={path.stem}"
 
 
@@ -258,6 +271,7 @@ def test_every_agent_runs_64_frames(agent, tmp_path):
 
 
 DENSITIES = ["cts", "hash_counts", "nade", "pixelcnn", "pixelcnn_large"]
+PLANNERS = ["straw"]
 MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
 LEARN_SOON = ["agent.capacity=500", "agent.learning_starts_frames=16", "agent.update_frames=8"]
 
@@ -271,12 +285,20 @@ def test_every_density_counts_for_64_frames(agent, density, tmp_path):
     assert launch.main(small_frames(words)) == 0
 
 
+@pytest.mark.parametrize("agent", ["a3c", "a3c_plus"])
+@pytest.mark.parametrize("planner", PLANNERS)
+def test_every_planner_plans_for_64_frames(agent, planner, tmp_path):
+    assert launch.main(small_frames([f"agent={agent}", f"planner={planner}", "env=Catch", f"runs_dir={tmp_path}"])) == 0
+    row = json.loads(next(tmp_path.rglob("metrics.jsonl")).read_text().splitlines()[-1])
+    assert 0 < row["train/replan_share"] <= 1 <= row["train/commitment_steps"]
+
+
 @pytest.mark.parametrize("bonus", sorted(path.stem for path in (CONFIGS / "bonus").glob("*.yaml")))
 def test_every_bonus_pays_for_64_frames(bonus, tmp_path):
     assert launch.main(small_frames(["agent=a3c_plus", f"bonus={bonus}", "env=Catch", f"runs_dir={tmp_path}"])) == 0
 
 
-@pytest.mark.parametrize("model", [model for model in MODELS if model not in DENSITIES])
+@pytest.mark.parametrize("model", [model for model in MODELS if model not in DENSITIES + PLANNERS])
 def test_every_model_encodes_for_64_frames_and_2_updates(model, tmp_path):
     env = "Pong" if model.endswith("mfec") else "Catch"
     words = [f"encoder={model}", f"env={env}", f"runs_dir={tmp_path}", *FIT]

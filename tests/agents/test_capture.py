@@ -16,6 +16,7 @@ from agents.loop import play
 from envs.api import UserError
 from envs.toy import Catch, Deceptive
 from generative.hash_counts import HashCounts
+from generative.straw import Straw
 
 CPU = torch.device("cpu")
 UPDATES = 50
@@ -72,6 +73,12 @@ def actor_critic(**knobs):
     return world, ActorCritic(world.spec, CPU, **{"stack_frames": 2, "precision": "float32"} | knobs)
 
 
+def planned(**knobs):
+    world = Deceptive(4, CPU, height=4)
+    planner = Straw(world.spec.obs_shape, world.spec.num_actions, CPU, plan_steps=12, filters=4, hidden=16)
+    return world, ActorCritic(world.spec, CPU, planner=planner, **{"stack_frames": 2, "precision": "float32"} | knobs)
+
+
 def on_a_device(agent):
     """The optimiser as it works on a GPU: without a word from the host between updates."""
     agent.optimiser._compiled, agent.optimiser._check_updates = False, 20
@@ -83,6 +90,7 @@ AGENTS = {
     "dqn, mixed Monte Carlo": (dqn, {"eta": 0.1, "double": False, "dueling": True, "optimiser": "adam", "max_gradient_norm": 1.0}),
     "dqn, bfloat16": (dqn, {"precision": "bfloat16"}),
     "a3c": (actor_critic, {"learning_rate_frames": 4000}),
+    "a3c, planner": (planned, {"n_steps": 3}),
     "a3c, lstm": (actor_critic, {"recurrent": "lstm", "gae_lambda": 0.9, "optimiser": "adam"}),
 }
 
