@@ -138,7 +138,8 @@ class Dictionaries(Tables):
                 self._move(action, rows[known], keys[now[known]], values[now[known]])
                 new = now[mine & (rows < 0)][-self.capacity :]
                 if new.shape[0]:
-                    table.moments[self._append(action, keys[new], pairs[new], values[new])] = 0
+                    rows_of_new = self._append(action, keys[new], pairs[new], values[new])  # in a table that may have grown
+                    table.moments[rows_of_new] = 0
 
     def _move(self, action: int, rows: Tensor, keys: Tensor, values: Tensor) -> None:
         table = self.tables[action]

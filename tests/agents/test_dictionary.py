@@ -143,6 +143,20 @@ def test_no_more_than_the_capacity_is_held_and_announced():
     assert set(held(memory, 0)) == {7.0, 8.0, 9.0}
 
 
+@pytest.mark.parametrize("search", ["torch", "scan"])
+def test_a_dictionary_that_has_grown_reads_and_learns_as_a_small_one(search):
+    torch.manual_seed(10)
+    memory = small(num_actions=1, dims=5, capacity=5000, k=7, search=search)
+    for part in range(9):
+        memory.write(torch.zeros(700, dtype=torch.int64), torch.randn(700, 5) * 3, torch.arange(700) + 600 * part, torch.randn(700))
+        queries = torch.randn(8, 5) * 3
+        descend(memory, queries, torch.zeros(8, dtype=torch.int64), torch.randn(8))
+        np.testing.assert_allclose(memory.estimate(queries).value.numpy(), dense(memory, queries), rtol=1e-4, atol=1e-5)
+    table = memory.tables[0]
+    assert table.size == 5000
+    assert 7 <= int((table.moments[:, 0] > 0).sum()) <= 9 * 8 * 7
+
+
 # Gradients
 
 
