@@ -48,12 +48,12 @@ def place_things(lanes, which, seen, focal, width):
 
 
 @cuda.jit
-def draw_columns(lanes, which, seen, focal, walls, floor, sky, things, out):
+def draw_columns(lanes, which, seen, focal, depths, walls, floor, sky, things, out):
     """Draws the thread's column of pixels into out uint8 (N, H, W, channels)."""
     place = cuda.grid(1)
     n, x = place // out.shape[2], place % out.shape[2]
     if n < out.shape[0] and which[n] != 0:
-        _column(lanes, n, x, seen, focal, walls, floor, sky, things, out)
+        _column(lanes, n, x, seen, focal, depths, walls, floor, sky, things, out)
 
 
 class Card:
@@ -67,7 +67,7 @@ class Card:
         self._tensors = [torch.from_numpy(array).to(device) for array in empty_lanes(rules, num_envs)]
         self._lanes = Lanes(*(cuda.as_cuda_array(tensor) for tensor in self._tensors))
         self._rules = Rules(*(cuda.to_device(array) for array in rules))
-        self._pictures = [cuda.to_device(array) for array in pictures]
+        self._pictures = [cuda.to_device(array) for array in (raycast.floor_depths(shape[0], focal), *pictures)]
         self._seen_things, self._focal = cuda.to_device(np.zeros((num_envs, len(rules.kinds) + 1, 4), np.float32)), focal
         self._everyone = torch.ones(num_envs, dtype=torch.uint8, device=device)
         self._by_clock, self._steps = not (rules.then[rules.kinds[rules.kinds >= 0]] == END).any() and not len(rules.draws), 0

@@ -67,7 +67,8 @@ class Threads:
         self, num_threads: int, rules: Rules, num_envs: int, shape: tuple[int, int, int], focal: float, pictures: tuple[np.ndarray, ...]
     ) -> None:
         self._rules, self._lanes, self._shape = rules, empty_lanes(rules, num_envs), (num_envs, *shape)
-        self._look = np.zeros((num_envs, len(rules.kinds) + 1, 4), np.float32), focal, *pictures
+        seen = np.zeros((num_envs, len(rules.kinds) + 1, 4), np.float32)
+        self._look = seen, focal, raycast.floor_depths(shape[0], focal), *pictures
         self._everyone = np.ones(num_envs, np.uint8)
         self._pool = ThreadPoolExecutor(num_threads, "labyrinth")
         self._shares = [(num_envs * k // num_threads, num_envs * (k + 1) // num_threads) for k in range(num_threads)]

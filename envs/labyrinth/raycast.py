@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from numba import njit
 
 from envs.labyrinth.textures import SHADES, SIDE, SKY_COLUMNS, THING_SIDE
@@ -20,6 +21,12 @@ NEAREST = 0.15  # things closer than this are behind the eye
 RADIUS = 0.22  # of a thing
 LIGHT_REACH = 1.1  # shades for every unit of distance
 SIDE_SHADE = 2  # by how much walls that run along x are darker, so that corners show
+
+
+def floor_depths(height: int, focal: float) -> np.ndarray:
+    """float64 (height): how far away the floor is in each row of pixels; inf above the horizon."""
+    down = np.arange(height) + 0.5 - 0.5 * height
+    return np.divide(EYE * focal, down, out=np.full(height, np.inf), where=down > 0)
 
 
 def make_functions(compiled: Callable[..., Any]) -> tuple[Any, Any]:
@@ -56,8 +63,8 @@ def make_functions(compiled: Callable[..., Any]) -> tuple[Any, Any]:
             count += 1
         seen[n, count, 0] = 0.0
 
-    def column(lanes, n, x, seen, focal, walls, floor, sky, things, out):
-        """Draws column x of lane n into out uint8 (N, H, W, channels), channels 1 or 3."""
+    def column(lanes, n, x, seen, focal, depths, walls, floor, sky, things, out):
+        """Draws column x of lane n into out uint8 (N, H, W, channels), channels 1 or 3; `depths` as `floor_depths` makes them."""
         height, width, channels = out.shape[1], out.shape[2], out.shape[3]
         px, py, angle = lanes.pose[n, 0], lanes.pose[n, 1], lanes.pose[n, 2]
         ahead_x, ahead_y = math.cos(angle), math.sin(angle)
@@ -110,7 +117,7 @@ def make_functions(compiled: Callable[..., Any]) -> tuple[Any, Any]:
                 out[n, y, x, 2] = (colour >> 16) & 255
         # floor
         for y in range(bottom, height):
-            depth = EYE * focal / (y + 0.5 - middle)
+            depth = depths[y]
             fx, fy = int((px + depth * dx) * SIDE) & (SIDE - 1), int((py + depth * dy) * SIDE) & (SIDE - 1)
             colour = floor[shade_of(depth), fy, fx]
             out[n, y, x, 0] = colour & 255
@@ -143,11 +150,11 @@ _place_things, _column = make_functions(njit(nogil=True, inline="always", error_
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def draw(lanes, first, stop, which, seen, focal, walls, floor, sky, things, out):
+def draw(lanes, first, stop, which, seen, focal, depths, walls, floor, sky, things, out):
     """Draws those lanes of first..stop where which uint8 (N) is not 0 into out uint8 (N, H, W, channels)."""
     width = out.shape[2]
     for n in range(first, stop):
         if which[n] != 0:
             _place_things(lanes, n, focal, width, seen)
             for x in range(width):
-                _column(lanes, n, x, seen, focal, walls, floor, sky, things, out)
+                _column(lanes, n, x, seen, focal, depths, walls, floor, sky, things, out)

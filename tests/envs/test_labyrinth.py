@@ -435,7 +435,7 @@ for name in ("ForageAndAvoid", "ShortDoubleTMaze", "NavMaze"):
     reward, ended = np.zeros(2, np.float32), np.zeros(2, np.uint8)
     for t in range(12):
         card.place_things[1, 2](state, which, seen, 5.0, 10)
-        card.draw_columns[1, 20](state, which, seen, 5.0, *pictures, out)
+        card.draw_columns[1, 20](state, which, seen, 5.0, raycast.floor_depths(8, 5.0), *pictures, out)
         assert np.array_equal(out, expected), (name, t)
         for mine, theirs in zip(state, host.lanes()):
             assert np.array_equal(mine, theirs), (name, t)
