@@ -37,6 +37,15 @@ def make_functions(compiled: Callable[..., Any]) -> tuple[Any, Any]:
 
     shade_of = compiled(shade_of)
 
+    def paint(shown, y, x, colour):
+        """Writes a packed colour into uint8 (H, W, channels)."""
+        shown[y, x, 0] = colour & 255
+        if shown.shape[2] == 3:
+            shown[y, x, 1] = (colour >> 8) & 255
+            shown[y, x, 2] = (colour >> 16) & 255
+
+    paint = compiled(paint)
+
     def place_things(lanes, n, focal, width, seen):
         """Lists lane n's things before the eye in float32 seen (N, S + 1, 4) rows (depth, centre column, radius in pixels, kind), farthest
         first; the row after the last has depth 0."""
@@ -65,7 +74,7 @@ def make_functions(compiled: Callable[..., Any]) -> tuple[Any, Any]:
 
     def column(lanes, n, x, seen, focal, depths, walls, floor, sky, things, out):
         """Draws column x of lane n into out uint8 (N, H, W, channels), channels 1 or 3; `depths` as `floor_depths` makes them."""
-        height, width, channels = out.shape[1], out.shape[2], out.shape[3]
+        shown, height, width = out[n], out.shape[1], out.shape[2]
         px, py, angle = lanes.pose[n, 0], lanes.pose[n, 1], lanes.pose[n, 2]
         ahead_x, ahead_y = math.cos(angle), math.sin(angle)
         aside = (x + 0.5 - 0.5 * width) / focal
@@ -96,34 +105,23 @@ def make_functions(compiled: Callable[..., Any]) -> tuple[Any, Any]:
         # sky
         turn = (angle + math.atan(aside)) * (SKY_COLUMNS / (2.0 * math.pi))
         bearing = math.floor(turn) % SKY_COLUMNS
+        fall = sky.shape[0] / middle
         for y in range(top):
-            colour = sky[int((y + 0.5) * (sky.shape[0] / middle)), bearing]
-            out[n, y, x, 0] = colour & 255
-            if channels == 3:
-                out[n, y, x, 1] = (colour >> 8) & 255
-                out[n, y, x, 2] = (colour >> 16) & 255
+            paint(shown, y, x, sky[int((y + 0.5) * fall), bearing])
         # wall
         across = px + distance * dx if along_x else py + distance * dy
         u = int((across - math.floor(across)) * SIDE) & (SIDE - 1)
         shade = min(SHADES - 1, shade_of(distance) + (SIDE_SHADE if along_x else 0))
         rise = SIDE / (2.0 * half)
-        v = (top + 0.5 - middle + half) * rise
+        v, wall = (top + 0.5 - middle + half) * rise, walls[shade, look - 1, u]
         for y in range(top, bottom):
-            colour = walls[shade, look - 1, u, min(SIDE - 1, int(v))]
+            paint(shown, y, x, wall[min(SIDE - 1, int(v))])
             v += rise
-            out[n, y, x, 0] = colour & 255
-            if channels == 3:
-                out[n, y, x, 1] = (colour >> 8) & 255
-                out[n, y, x, 2] = (colour >> 16) & 255
         # floor
         for y in range(bottom, height):
             depth = depths[y]
             fx, fy = int((px + depth * dx) * SIDE) & (SIDE - 1), int((py + depth * dy) * SIDE) & (SIDE - 1)
-            colour = floor[shade_of(depth), fy, fx]
-            out[n, y, x, 0] = colour & 255
-            if channels == 3:
-                out[n, y, x, 1] = (colour >> 8) & 255
-                out[n, y, x, 2] = (colour >> 16) & 255
+            paint(shown, y, x, floor[shade_of(depth), fy, fx])
         # things
         k = 0
         while seen[n, k, 0] > 0:
@@ -137,10 +135,7 @@ def make_functions(compiled: Callable[..., Any]) -> tuple[Any, Any]:
                 for y in range(max(0, math.ceil(low - 0.5)), min(height, math.ceil(low + 2 * radius - 0.5))):
                     colour = things[shade, kind, u, min(THING_SIDE - 1, int((y + 0.5 - low) * rise))]
                     if colour >> 24:
-                        out[n, y, x, 0] = colour & 255
-                        if channels == 3:
-                            out[n, y, x, 1] = (colour >> 8) & 255
-                            out[n, y, x, 2] = (colour >> 16) & 255
+                        paint(shown, y, x, colour)
             k += 1
 
     return compiled(place_things), compiled(column)
