@@ -365,7 +365,7 @@ def random_steps(count: int, lanes: int) -> list[Step]:
 def test_a_copy_saved_at_any_moment_goes_on_alike(search):
     torch.manual_seed(7)
     steps, knobs = random_steps(60, 3), {"n_steps": 5, "learning_starts_frames": 30, "update_frames": 8, "capacity": 30, "search": search}
-    for stop in (0, 1, 17, 30, 31, 44, 59):
+    for stop in (0, 17, 31, 59):
         torch.manual_seed(8)
         whole, second = agent(**knobs), agent(**knobs)
         carry = live(whole, steps[: stop + 1], whole.initial(3), range(60))

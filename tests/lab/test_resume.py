@@ -41,7 +41,12 @@ LEARNERS = {
 }
 
 
-@pytest.mark.parametrize("words", LEARNERS.values(), ids=LEARNERS)
+SLOW = ("dqn-vae",)  # a VAE takes two minutes for its few frames
+
+
+@pytest.mark.parametrize(
+    "words", [pytest.param(words, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name, words in LEARNERS.items()]
+)
 def test_learners_resume_bit_for_bit(tmp_path, words):
     whole = run(tmp_path, "whole", "frames=960", *words)
     half = run(tmp_path, "half", "frames=640", *words)
