@@ -1,42 +1,21 @@
 """Labyrinths: bodies that walls stop, rules that levels write down, pictures that a slow tracer of single rays agrees with."""
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from small_levels import NAMES, ROOM, written
 
-from envs.api import UserError, check_step
+from envs.api import check_step
 from envs.labyrinth import raycast, textures
-from envs.labyrinth.level import level_names, load_level
 from envs.labyrinth.overview import overview
 from envs.labyrinth.physics import ACTIONS, BODY, FRAMES_PER_STEP, REACH, TURN, WALK
 from envs.labyrinth.textures import LOOKS, SHADES, SIDE, SKY_COLUMNS, THINGS
 from envs.labyrinth.world import Labyrinth
 
 ROOT = Path(__file__).parent.parent.parent
-NAMES = ["DoubleTMaze", "Forage", "ForageAndAvoid", "NavMaze", "ShortDoubleTMaze"]
-ROOM = """seconds = 9
-map = '''
-#######
-#     #
-#  S  #
-#     #
-#######
-'''
-"""
-
-APPLE = "[legend]\nA = 'apple'\n[things.apple]\nreward = 1"
-
-
-def written(tmp_path, text, **knobs):
-    path = tmp_path / "mine.toml"
-    path.write_text(text)
-    return Labyrinth(knobs.pop("num_envs", 1), "cpu", str(path), num_threads=1, **knobs)
 
 
 def act(env, name, times=1):
@@ -347,123 +326,3 @@ def test_the_overview_shows_walls_things_and_the_body():
     assert picture.shape == (130, 130, 3)
     assert (picture == 32).all(-1).sum() > 10  # the body
     assert ((picture[..., 0] > 150) & (picture[..., 1] < 90) & (picture[..., 2] < 90)).sum() > 12 * 4  # apples
-
-
-# Levels
-
-
-def test_the_levels_that_come_with_it():
-    assert level_names() == NAMES
-    for name in NAMES:
-        assert load_level(name).about
-
-
-def test_floor_that_nobody_can_reach_becomes_wall():
-    env = Labyrinth(1, "cpu", "DoubleTMaze", height=8, width=8)
-    env.reset(0)
-    assert (env.lanes.grid[0] == 0).sum() == 13 + 2 * 8 + 4  # the row of the arms, their ends, the way from the start
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("seconds = ", "is no TOML"),
-        ("seconds = 5", "either a map or a"),
-        ("seconds = 0\nmap = '#'", "seconds must be"),
-        ("second = 5", "unknown key second"),
-        (ROOM.replace("S", " "), "no start"),
-        (ROOM.replace("#     #\n#######", "#     #\n### ###"), "open: a way leads to its edge at row 5, column 4"),
-        (ROOM.replace("#     #", "#  Q  #", 1), "'Q' stands neither"),
-        (ROOM + "[things.pear]\nreward = 1", "no thing pear"),
-        (ROOM + "[things.apple]\nreward = 'x'", "apple.reward must be a number"),
-        (ROOM + "[things.apple]\nreward = 1\nthen = 'vanish'", "then is one of"),
-        (ROOM + "[things.apple]\nreward = 1\ncount = 3", "need more floor"),
-        (
-            ROOM.replace("#  S  #", "#  S#A#").replace("#     #", "#   ###") + "[legend]\nA = 'apple'\n[things.apple]\nreward = 1",
-            "row 3, column 6",
-        ),
-        (ROOM + "[legend]\nA = 'apple'", "has no"),
-        (ROOM + "[legend]\nA = 'marble'", "neither a look"),
-        ("seconds = 5\n[maze]\nrows = 4\ncolumns = 5", "odd and at least 5"),
-        ("seconds = 5\n[maze]\nrows = 101\ncolumns = 5", "must lie in 3..99"),
-    ],
-)
-def test_what_cannot_be_played_is_refused_in_one_line(tmp_path, text, words):
-    with pytest.raises(UserError) as caught:
-        written(tmp_path, text)
-    assert words in str(caught.value)
-    assert "mine.toml" in str(caught.value) or "level mine" in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("knobs", "words"),
-    [
-        ({"level": "Forrage"}, "did you mean Forage"),
-        ({"level": "nowhere.toml"}, "there is no level nowhere.toml"),
-        ({"num_envs": 0}, "num_envs"),
-        ({"height": 7}, "height and width"),
-        ({"width": 5000}, "height and width"),
-        ({"colours": "blue"}, "colours is one of"),
-        ({"field_of_view": 180}, "field_of_view"),
-        ({"num_threads": -1}, "num_threads"),
-        ({"size": 9}, "size is for mazes"),
-        ({"level": "NavMaze", "size": 8}, "odd"),
-    ],
-)
-def test_bad_knobs_are_refused(knobs, words):
-    with pytest.raises(UserError, match=words):
-        Labyrinth(**{"num_envs": 2, "device": "cpu"} | knobs)
-
-
-# CUDA
-
-SIMULATION = """
-import numpy as np, torch, warnings
-warnings.simplefilter("ignore")
-from numba import cuda
-from envs.labyrinth import card, lanes, level, raycast, textures, physics
-for name in ("ForageAndAvoid", "ShortDoubleTMaze", "NavMaze"):
-    rules = level.load_level(name, 5 if name == "NavMaze" else None).rules
-    pictures = textures.walls(), textures.floor(), textures.sky(), textures.things()
-    host = lanes.Threads(1, rules, 2, (8, 10, 3), 5.0, pictures)
-    expected = host.start([3, 4]).numpy()
-    state = lanes.empty_lanes(rules, 2)
-    state.dice[:] = [3, 4]
-    which, seen, out = np.ones(2, np.uint8), np.zeros((2, len(rules.kinds) + 1, 4), np.float32), np.zeros((2, 8, 10, 3), np.uint8)
-    card.open_lanes[1, 2](rules, state, which)
-    reward, ended = np.zeros(2, np.float32), np.zeros(2, np.uint8)
-    for t in range(12):
-        card.place_things[1, 2](state, which, seen, 5.0, 10)
-        card.draw_columns[1, 20](state, which, seen, 5.0, raycast.floor_depths(8, 5.0), *pictures, out)
-        assert np.array_equal(out, expected), (name, t)
-        for mine, theirs in zip(state, host.lanes()):
-            assert np.array_equal(mine, theirs), (name, t)
-        actions = np.array([(3 * t) % 8, (5 * t + 1) % 8])
-        host.play(torch.from_numpy(actions))
-        expected, gained, _, _ = host.result()
-        expected = expected.numpy()
-        card.step_lanes[1, 2](rules, state, actions, reward, ended)
-        assert np.array_equal(reward, gained.numpy())
-print("equal")
-"""
-
-
-def test_the_cuda_kernels_do_the_same_in_the_simulator():
-    environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", SIMULATION], env=environment, capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.strip() == "equal", done.stderr[-2000:]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("level", NAMES)
-def test_cuda_plays_what_the_host_plays(level):
-    host, card = (Labyrinth(8, device, level) for device in ("cpu", "cuda"))
-    expected, got = host.reset(0), card.reset(0)
-    torch.manual_seed(0)
-    for _ in range(950):
-        assert (expected.obs != got.obs.cpu()).float().mean() < 0.002
-        for name in ("reward", "discount", "last"):
-            assert torch.equal(getattr(expected, name), getattr(got, name).cpu())
-        action = torch.randint(8, (8,))
-        expected, got = host.step(action), card.step(action.cuda())

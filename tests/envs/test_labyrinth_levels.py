@@ -1,0 +1,74 @@
+"""Levels: those that come with the project, and what cannot be played, told in one line."""
+
+import pytest
+from small_levels import NAMES, ROOM, written
+
+from envs.api import UserError
+from envs.labyrinth.level import level_names, load_level
+from envs.labyrinth.world import Labyrinth
+
+APPLE = "[legend]\nA = 'apple'\n[things.apple]\nreward = 1"
+
+
+def test_the_levels_that_come_with_it():
+    assert level_names() == NAMES
+    for name in NAMES:
+        assert load_level(name).about
+
+
+def test_floor_that_nobody_can_reach_becomes_wall():
+    env = Labyrinth(1, "cpu", "DoubleTMaze", height=8, width=8)
+    env.reset(0)
+    assert (env.lanes.grid[0] == 0).sum() == 13 + 2 * 8 + 4  # the row of the arms, their ends, the way from the start
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("seconds = ", "is no TOML"),
+        ("seconds = 5", "either a map or a"),
+        ("seconds = 0\nmap = '#'", "seconds must be"),
+        ("second = 5", "unknown key second"),
+        (ROOM.replace("S", " "), "no start"),
+        (ROOM.replace("#     #\n#######", "#     #\n### ###"), "open: a way leads to its edge at row 5, column 4"),
+        (ROOM.replace("#     #", "#  Q  #", 1), "'Q' stands neither"),
+        (ROOM + "[things.pear]\nreward = 1", "no thing pear"),
+        (ROOM + "[things.apple]\nreward = 'x'", "apple.reward must be a number"),
+        (ROOM + "[things.apple]\nreward = 1\nthen = 'vanish'", "then is one of"),
+        (ROOM + "[things.apple]\nreward = 1\ncount = 3", "need more floor"),
+        (
+            ROOM.replace("#  S  #", "#  S#A#").replace("#     #", "#   ###") + "[legend]\nA = 'apple'\n[things.apple]\nreward = 1",
+            "row 3, column 6",
+        ),
+        (ROOM + "[legend]\nA = 'apple'", "has no"),
+        (ROOM + "[legend]\nA = 'marble'", "neither a look"),
+        ("seconds = 5\n[maze]\nrows = 4\ncolumns = 5", "odd and at least 5"),
+        ("seconds = 5\n[maze]\nrows = 101\ncolumns = 5", "must lie in 3..99"),
+    ],
+)
+def test_what_cannot_be_played_is_refused_in_one_line(tmp_path, text, words):
+    with pytest.raises(UserError) as caught:
+        written(tmp_path, text)
+    assert words in str(caught.value)
+    assert "mine.toml" in str(caught.value) or "level mine" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "words"),
+    [
+        ({"level": "Forrage"}, "did you mean Forage"),
+        ({"level": "nowhere.toml"}, "there is no level nowhere.toml"),
+        ({"num_envs": 0}, "num_envs"),
+        ({"height": 7}, "height and width"),
+        ({"width": 5000}, "height and width"),
+        ({"colours": "blue"}, "colours is one of"),
+        ({"field_of_view": 180}, "field_of_view"),
+        ({"num_threads": -1}, "num_threads"),
+        ({"size": 9}, "size is for mazes"),
+        ({"level": "NavMaze", "size": 8}, "odd"),
+    ],
+)
+def test_bad_knobs_are_refused(knobs, words):
+    with pytest.raises(UserError, match=words):
+        Labyrinth(**{"num_envs": 2, "device": "cpu"} | knobs)
