@@ -45,6 +45,14 @@ def half_is_fast() -> bool:
     return bool(binding.get_host_cpu_features().get("avx512fp16")) and not torch.cpu._is_amx_tile_supported()
 
 
+def share_threads() -> None:
+    """As many threads for the kernels as torch has, and no more for torch: numba's start gives OpenMP, which both use, all processors."""
+    threads = torch.get_num_threads()
+    set_num_threads(min(threads, config.NUMBA_NUM_THREADS))
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
 class HalfConvolution:
     """A convolution without padding, followed by a ReLU, of images that lie channels last, (B, H, W, C) in half precision.
 
@@ -221,7 +229,7 @@ class HalfTorso(nn.Module):
     @torch.no_grad()
     def look(self, frames: Tensor) -> Seen:
         """See `Torso.look`; pixels and maps are halves."""
-        set_num_threads(min(torch.get_num_threads(), config.NUMBA_NUM_THREADS))
+        share_threads()
         images, hidden = pixels(frames), self.torso.hidden
         weights = self.packed()
         seen = {"pixels": images.permute(0, 3, 1, 2)}

@@ -1,6 +1,10 @@
 """Half-precision layers against torch's float32 ones, and a torso of them against the torso that it is made of."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ from torch.nn import functional
 from agents.half import HalfConvolution, HalfDense, HalfTorso, _scale, half_layers, pixels
 from agents.nets import patches, torso
 
+ROOT = Path(__file__).parents[2]
 SHAPES = [  # channels, outputs, kernel, stride, size: those of the Nature network, and one whose tiles overlap
     (64, 32, 2, 1, (21, 21)),
     (32, 64, 4, 2, (20, 20)),
@@ -179,6 +184,21 @@ def test_each_stack_is_seen_alike_in_any_company_and_by_any_number_of_threads():
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(one, two) for one, two in zip(*gradients))
+
+
+def test_torch_keeps_the_number_of_its_threads():
+    """In a process of its own, in which numba has not started yet: its start gives OpenMP as many threads as there are processors."""
+    script = """
+import torch
+torch.set_num_threads(1)
+from agents.half import share_threads
+share_threads()
+print(torch.get_num_threads())
+"""
+    environment = os.environ | {"NUMBA_NUM_THREADS": "3"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["1"]
 
 
 def test_new_parameters_are_taken_up_after_refresh():
