@@ -2,38 +2,21 @@ import copy
 
 import pytest
 import torch
+from whole import CPU, SPEC, assert_equal, frame
 
 from agents.api import Agent
 from agents.dictionary import Reading
-from agents.loop import evaluate, play
 from agents.neural_episodic_control import NeuralEpisodicControl
 from agents.replay import Batch
-from envs.api import Spec, Step, UserError, first_step
-from envs.toy import Catch, Ring
+from envs.api import Step, first_step
+from envs.toy import Catch
 from generative.fit import NonFiniteLoss
 
-CPU = torch.device("cpu")
-SPEC = Spec("line", 3, ("left", "stay", "right"), (1, 4, 4), 2)
 TINY = {"capacity": 100, "k": 3, "key_size": 4, "stack_frames": 2, "replay_capacity": 200, "precision": "float32"}
-QUICK = {
-    "capacity": 5000,
-    "k": 11,
-    "key_size": 16,
-    "stack_frames": 1,
-    "epsilon_frames": 2000,
-    "replay_capacity": 4000,
-    "learning_starts_frames": 500,
-    "update_frames": 8,
-    "precision": "float32",
-}
 
 
 def agent(spec=SPEC, **knobs) -> NeuralEpisodicControl:
     return NeuralEpisodicControl(spec, CPU, **TINY | knobs)
-
-
-def frame(number: int, lanes: int = 1) -> torch.Tensor:
-    return torch.full((lanes, *SPEC.obs_shape), number, dtype=torch.uint8)
 
 
 def opening(number: int, lanes: int = 1) -> Step:
@@ -82,17 +65,6 @@ def remembered(learner: NeuralEpisodicControl) -> dict[int, tuple]:
     batch = learner.replay.sample(2000)
     columns = batch.frames[:, 1, 0, 0, 0], batch.frames[:, 0, 0, 0, 0], batch.action, batch.reward, batch.discount
     return {now: (before, action, round(target, 4), weight) for now, before, action, target, weight in zip(*(c.tolist() for c in columns))}
-
-
-def assert_equal(left, right, path=""):
-    if isinstance(left, dict):
-        assert left.keys() == right.keys(), path
-        for key in left:
-            assert_equal(left[key], right[key], f"{path}/{key}")
-    elif isinstance(left, torch.Tensor):
-        assert torch.equal(left, right), path
-    else:
-        assert left == right, path
 
 
 def test_is_an_agent():
@@ -230,25 +202,6 @@ def test_what_acting_read_is_marked_as_used():
 # Learning
 
 
-class Recorder(NeuralEpisodicControl):
-    """Notes at which frame it updates."""
-
-    updated: tuple[int, ...] = ()
-
-    def _update(self, batch):
-        self.updated = (*self.updated, self._due)
-        return {}
-
-
-@pytest.mark.parametrize("lanes", [1, 3, 8, 40])
-def test_updates_fall_due_in_frames_whatever_the_lanes(lanes):
-    env = Catch(lanes, CPU)
-    learner = Recorder(env.spec, CPU, **QUICK | {"learning_starts_frames": 90, "update_frames": 16, "n_steps": 2})
-    for _ in play(env, learner, frames=240, seed=1):
-        assert all(due <= learner.frames for due in learner.updated)
-    assert [due for due in learner.updated if due > 120] == [122, 138, 154, 170, 186, 202, 218, 234]
-
-
 @pytest.mark.parametrize("max_norm", [None, 1e-3])
 def test_an_update_descends_the_loss_of_network_keys_and_values(max_norm):
     """All entries are neighbours, so the loss is a dense function of parameters and whole tables. The optimiser is plain descent here."""
@@ -286,21 +239,6 @@ def test_an_update_descends_the_loss_of_network_keys_and_values(max_norm):
             torch.testing.assert_close(old.detach() - column[: table.size], rate * gradient, rtol=1e-3, atol=1e-5)
 
 
-def test_the_network_sees_the_same_stacks_at_acting_and_at_learning(monkeypatch):
-    torch.manual_seed(5)
-    env = Catch(3, CPU, size=4)
-    learner = NeuralEpisodicControl(env.spec, CPU, **QUICK | {"stack_frames": 3, "learning_starts_frames": 10_000})
-    acted, look = [], learner._look
-    monkeypatch.setattr(learner, "_look", lambda frames: acted.append(frames.clone()) or look(frames))
-    for _ in play(env, learner, frames=60, seed=2):
-        pass
-    sampled = learner.replay.sample(4000).frames.flatten(1).unique(dim=0)
-    cut = acted.pop()  # of the iteration's end, whose successors are bootstrapped from and never sampled
-    assert cut.shape[1:] == acted[0].shape[1:]
-    assert torch.equal(sampled, torch.cat(acted).flatten(1).unique(dim=0))
-    assert len(sampled) > 10
-
-
 def test_a_loss_that_is_not_finite_leaves_everything_as_it_was():
     learner = agent()
     fill(learner, [1.0, 2.0, 3.0])
@@ -335,155 +273,3 @@ def test_what_is_looked_at_after_an_update_is_what_a_saved_copy_sees(precision):
     assert not torch.equal(key, before)
     assert torch.equal(other._look(frames)[0], key)
     assert torch.equal(other._look(frames)[1].value, reading.value)
-
-
-def live(learner: NeuralEpisodicControl, steps: list[Step], carry: torch.Tensor, seeds: range) -> torch.Tensor:
-    """Lives through `steps` in the loop's order: act, learn, observe. Returns the carry."""
-    for seed, step, after in zip(seeds, steps, steps[1:]):
-        torch.manual_seed(seed)
-        decision = learner.act(step, carry, explore=True)
-        learner.learn()
-        learner.observe(step, decision, after)
-        carry = decision.carry
-    return carry
-
-
-def random_steps(count: int, lanes: int) -> list[Step]:
-    """A reset and `count` steps between seven pictures, with ends of every kind and one moment at which all lanes end."""
-    pictures = torch.randint(0, 256, (7, *SPEC.obs_shape), dtype=torch.uint8)
-    steps = [first_step(pictures[torch.randint(7, (lanes,))])]
-    for number in range(count):
-        last, obs = torch.rand(lanes) < 0.1, pictures[torch.randint(7, (lanes,))]
-        if number == count // 2:
-            last[:] = True
-        next_obs = torch.where(last.view(-1, 1, 1, 1), pictures[torch.randint(7, (lanes,))], obs) if last.any() else obs
-        steps.append(Step(obs, torch.randn(lanes), (torch.rand(lanes) < 0.8).float(), last, next_obs))
-    return steps
-
-
-@pytest.mark.parametrize("search", ["torch", "scan"])
-def test_a_copy_saved_at_any_moment_goes_on_alike(search):
-    torch.manual_seed(7)
-    steps, knobs = random_steps(60, 3), {"n_steps": 5, "learning_starts_frames": 30, "update_frames": 8, "capacity": 30, "search": search}
-    for stop in (0, 17, 31, 59):
-        torch.manual_seed(8)
-        whole, second = agent(**knobs), agent(**knobs)
-        carry = live(whole, steps[: stop + 1], whole.initial(3), range(60))
-        second.load_state_dict(copy.deepcopy(whole.state_dict()))
-        assert_equal(second.state_dict(), whole.state_dict())
-        for each in (whole, second):
-            live(each, steps[stop:], carry, range(stop, 60))
-            each.learn()
-        assert_equal(second.state_dict(), whole.state_dict())
-    assert whole.optimiser.updates == (60 * 3 * 2 - 30) // 8
-
-
-def test_stopped_and_resumed_iterations_equal_never_stopped():
-    def iterate(learner: NeuralEpisodicControl, iteration: int) -> None:
-        torch.manual_seed(100 + iteration)
-        for _ in play(Catch(4, CPU), learner, frames=240, seed=iteration):
-            pass
-        assert learner.state_dict()["waiting"] == {}  # the cut settles all
-
-    spec, knobs = Catch(1, CPU).spec, QUICK | {"learning_starts_frames": 80, "stack_frames": 2, "n_steps": 4}
-    whole, first, second = (NeuralEpisodicControl(spec, CPU, **knobs) for _ in range(3))
-    for other in (first, second):
-        other.load_state_dict(copy.deepcopy(whole.state_dict()))
-    for iteration in range(3):
-        iterate(whole, iteration)
-        iterate(first, iteration)
-        saved = copy.deepcopy(first.state_dict())
-        assert_equal(saved, whole.state_dict())
-        first, second = second, first
-        first.load_state_dict(saved)
-    assert whole.optimiser.updates == (3 * 240 - 80) // 8
-
-
-def test_capacity_holds_and_bytes_are_announced():
-    torch.manual_seed(9)
-    env = Catch(8, CPU, size=6)
-    learner = NeuralEpisodicControl(env.spec, CPU, **QUICK | {"capacity": 60, "replay_capacity": 400})
-    for tick in play(env, learner, frames=2000, seed=0):
-        assert max(learner.memory.sizes) <= 60
-        taken = learner.memory.nbytes + learner.replay.nbytes
-        assert taken <= learner.required_bytes(tick.played)
-    assert max(learner.memory.sizes) == 60
-    assert learner.required_bytes(0) < learner.required_bytes(10) < learner.required_bytes(1000)
-
-
-@pytest.mark.parametrize(
-    ("knob", "bad"),
-    [
-        ("capacity", 2),
-        ("k", 0),
-        ("key_size", 0),
-        ("delta", 0.0),
-        ("delta", float("inf")),
-        ("alpha", 0.0),
-        ("alpha", 1.1),
-        ("gamma", 1.5),
-        ("n_steps", 0),
-        ("stack_frames", 0),
-        ("epsilon_start", 2.0),
-        ("epsilon_end", -1.0),
-        ("epsilon_frames", -1),
-        ("replay_capacity", 3),
-        ("replay_capacity", -1),
-        ("batch_size", 0),
-        ("learning_starts_frames", -1),
-        ("update_frames", 0),
-        ("learning_rate", 0.0),
-        ("decay", 1.0),
-        ("optimiser_epsilon", 0.0),
-        ("max_gradient_norm", float("inf")),
-        ("precision", "float8"),
-        ("search", "annoy"),
-    ],
-)
-def test_bad_knobs_are_named(knob, bad):
-    with pytest.raises(UserError, match=knob.removeprefix("optimiser_")) as mistake:
-        agent(**{knob: bad})
-    assert "\n" not in str(mistake.value)
-
-
-def test_a_replay_too_small_for_so_many_lanes_says_how_much_it_needs():
-    env = Catch(50, CPU)
-    with pytest.raises(UserError, match=r"agent\.replay_capacity must be at least 1000 for 50 environments"):
-        list(play(env, agent(env.spec), frames=1000, seed=0))
-
-
-# Whole
-
-
-def catch_score(frames: int, seed: int, **knobs) -> float:
-    torch.manual_seed(seed)
-    env = Catch(8, CPU)
-    learner = NeuralEpisodicControl(env.spec, CPU, **QUICK | knobs)
-    for _ in play(env, learner, frames=frames, seed=seed):
-        pass
-    ticks = list(evaluate(env, learner, episodes_per_lane=6, seed=99))
-    ended = torch.stack([tick.after.last for tick in ticks])
-    return float(torch.stack([tick.after.reward for tick in ticks])[ended].mean())
-
-
-def test_learns_to_catch():
-    assert catch_score(3200, 0) > 0.9
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("knobs", [{}, {"k": 50, "stack_frames": 4}, {"n_steps": 3}, {"precision": "bfloat16"}], ids=str)
-def test_every_kind_learns_to_catch(knobs, seed):
-    assert catch_score(8000, seed, **knobs) > 0.9
-
-
-def test_a_ring_without_end_is_worth_what_it_is_through_time_limits_and_cuts():
-    """Every step gives 1: 1 / (1 - gamma) = 5. Who takes the limit of 4 steps for an end learns at most 1 + 0.8 + 0.64 + 0.512."""
-    torch.manual_seed(0)
-    env = Ring(4, CPU, length=4, max_steps=4)
-    learner = NeuralEpisodicControl(env.spec, CPU, **QUICK | {"gamma": 0.8, "n_steps": 3, "alpha": 0.5, "learning_starts_frames": 50})
-    for iteration in range(2):
-        for _ in play(env, learner, frames=1200, seed=iteration):
-            pass
-    decision = learner.act(env.reset(5), learner.initial(4), explore=False)
-    torch.testing.assert_close(decision.notes["value"], torch.full((4,), env.optimal_value(0.8)), rtol=0, atol=0.6)
