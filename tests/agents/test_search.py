@@ -198,6 +198,20 @@ def test_scan_filters_and_keeps_its_step_when_one_key_is_far() -> None:
         assert measured[0] < 8 * 500
 
 
+def test_scan_measures_few_rows_of_keys_that_drift() -> None:
+    """Every row is nearer to the query than all before it, as where a network's keys move while it learns."""
+    from agents import scan
+
+    g = torch.Generator().manual_seed(13)
+    keys = torch.arange(30000.0)[:, None] * 0.01 + torch.randn(30000, 16, generator=g)
+    search = told("scan", [keys], [30000])
+    assert isinstance(search, ScanSearch)
+    measured: list[int] = []
+    search._scan = lambda *arguments: measured.append(scan.search(*arguments))
+    agree(search, [keys], [30000], keys[-4:] + 1)
+    assert sum(measured) < 4 * 1500
+
+
 def test_the_error_bound_is_needed_and_kept() -> None:
     """Neighbours that differ by less than a step of the codes, in a table whose range is wide: only the bound keeps them apart."""
     g = torch.Generator().manual_seed(10)
