@@ -43,6 +43,7 @@ def empty_lanes(rules: Rules, num_envs: int) -> Lanes:
     things = len(rules.kinds)
     return Lanes(
         pose=np.zeros((num_envs, 3)),
+        speed=np.zeros((num_envs, 3)),
         grid=np.zeros((num_envs, rows, columns), np.uint8),
         kinds=np.zeros((num_envs, things), np.int8),
         places=np.zeros((num_envs, things, 2), np.float32),

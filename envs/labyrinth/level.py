@@ -1,6 +1,8 @@
 """A level is one small TOML file: a map, what lies about in it, and how long an episode lasts. Those in levels/ are there to be copied.
 
     seconds = 60                      # of an episode
+    walk_inertia = 0.9                # the share of its speed that a body keeps from frame to frame, and
+    turn_inertia = 0.8                # of its turning; these where nothing is said, 0 for none
     map = '''                         # one character a cell
     #######
     #^...A#
@@ -39,7 +41,8 @@ from envs.labyrinth.textures import LOOKS, THINGS
 LEVELS = Path(__file__).parent / "levels"
 STARTS = {"^": -math.pi / 2, ">": 0.0, "v": math.pi / 2, "<": math.pi, "S": math.nan}
 FLOORS = ". "
-KEYS = {"about", "seconds", "map", "legend", "things", "draws", "maze"}
+INERTIA = {"walk_inertia": 0.9, "turn_inertia": 0.8}
+KEYS = {"about", "seconds", *INERTIA, "map", "legend", "things", "draws", "maze"}
 SMALLEST, LARGEST = 3, 99  # rows and columns
 MOST_THINGS = 64
 
@@ -100,6 +103,10 @@ def _rules(written: Mapping[str, Any], size: int | None) -> Rules:
     seconds = written.get("seconds")
     if not isinstance(seconds, int | float) or not 0 < seconds <= 36_000:
         raise _Mistake(f"seconds must be a number above 0 and at most 36,000, got {seconds}")
+    inertia = {name: written.get(name, share) for name, share in INERTIA.items()}
+    for name, share in inertia.items():
+        if not isinstance(share, int | float) or not 0 <= share < 1:
+            raise _Mistake(f"{name} must be a number from 0 to below 1, got {share}")
     things, maze = _things(written.get("things", {})), written.get("maze")
     if (maze is None) == (written.get("map") is None):
         raise _Mistake("it needs either a map or a [maze]")
@@ -139,6 +146,7 @@ def _rules(written: Mapping[str, Any], size: int | None) -> Rules:
         then=then,
         maze=np.array([maze is not None], np.int8),
         limit=np.array([round(seconds * FRAMES_PER_SECOND)], np.int32),
+        inertia=np.array(list(inertia.values()), np.float64),
     )
 
 

@@ -1,7 +1,7 @@
 """What happens in a lane, as plain scalar functions of its number, compiled for CPU threads and for CUDA.
 
 Units: a cell of the map is 1, time goes by frames, 60 a second. The body is a disc that walls stop along each axis by itself, so it slides
-along them. There is no inertia: an action moves from its first frame and stops with its last.
+along them. It has inertia: of what it walks and turns in a frame a share outlives it, and the rest is what the action asks for.
 
 Everything random comes from the lane's own stream (`envs.mazes`), so a lane's fate follows from its seed and actions.
 """
@@ -48,6 +48,7 @@ class Rules(NamedTuple):
         then: int8 (kinds), see THEN.
         maze: int8 (1), whether the map is carved anew for every episode, by corridors between cells of odd row and column.
         limit: int32 (1), frames of an episode.
+        inertia: float64 (2), the share of walking and of turning that outlives a frame.
     """
 
     base: np.ndarray
@@ -61,6 +62,7 @@ class Rules(NamedTuple):
     then: np.ndarray
     maze: np.ndarray
     limit: np.ndarray
+    inertia: np.ndarray
 
 
 class Lanes(NamedTuple):
@@ -68,6 +70,7 @@ class Lanes(NamedTuple):
 
     Attributes:
         pose: float64 (N, 3), x, y and angle; angles grow clockwise on the map.
+        speed: float64 (N, 3), of each, a frame.
         grid: uint8 (N, R, C), 0 floor, else a wall of look value - 1.
         kinds: int8 (N, S), of things, -1 where there is none.
         places: float32 (N, S, 2), x and y of things.
@@ -76,6 +79,7 @@ class Lanes(NamedTuple):
     """
 
     pose: np.ndarray
+    speed: np.ndarray
     grid: np.ndarray
     kinds: np.ndarray
     places: np.ndarray
@@ -136,6 +140,7 @@ def make_functions(compiled: Callable[..., Any]) -> tuple[Any, Any]:
         if math.isnan(angle):
             angle = roll(lanes.dice, n, 1 << 20) * (2.0 * math.pi / (1 << 20))
         lanes.pose[n, 0], lanes.pose[n, 1], lanes.pose[n, 2] = x, y, angle
+        lanes.speed[n, 0], lanes.speed[n, 1], lanes.speed[n, 2] = 0.0, 0.0, 0.0
 
     start = compiled(start)
 
@@ -158,44 +163,38 @@ def make_functions(compiled: Callable[..., Any]) -> tuple[Any, Any]:
                 scatter(rules, lanes, n, s)
         start(rules, lanes, n)
 
-    def walk(lanes, n, dx, dy):
-        """Moves the body, along x and then along y, as far as walls let it."""
-        x, y = lanes.pose[n, 0], lanes.pose[n, 1]
-        top, bottom = int(y - BODY), int(y + BODY)
-        if dx > 0:
-            column = int(x + dx + BODY)
-            blocked = lanes.grid[n, top, column] != 0 or lanes.grid[n, bottom, column] != 0
-            x = column - BODY - SKIN if blocked else x + dx
-        elif dx < 0:
-            column = int(x + dx - BODY)
-            blocked = lanes.grid[n, top, column] != 0 or lanes.grid[n, bottom, column] != 0
-            x = column + 1 + BODY + SKIN if blocked else x + dx
-        left, right = int(x - BODY), int(x + BODY)
-        if dy > 0:
-            row = int(y + dy + BODY)
-            blocked = lanes.grid[n, row, left] != 0 or lanes.grid[n, row, right] != 0
-            y = row - BODY - SKIN if blocked else y + dy
-        elif dy < 0:
-            row = int(y + dy - BODY)
-            blocked = lanes.grid[n, row, left] != 0 or lanes.grid[n, row, right] != 0
-            y = row + 1 + BODY + SKIN if blocked else y + dy
-        lanes.pose[n, 0], lanes.pose[n, 1] = x, y
+    def glide(lanes, n, axis):
+        """Moves the body along x (axis 0) or y (1) by its speed as far as walls let it; one that stops it takes the speed."""
+        at, move, across = lanes.pose[n, axis], lanes.speed[n, axis], lanes.pose[n, 1 - axis]
+        front, low, high = int(at + move + math.copysign(BODY, move)), int(across - BODY), int(across + BODY)
+        if axis == 0:
+            blocked = lanes.grid[n, low, front] != 0 or lanes.grid[n, high, front] != 0
+        else:
+            blocked = lanes.grid[n, front, low] != 0 or lanes.grid[n, front, high] != 0
+        if blocked:
+            lanes.pose[n, axis] = front - BODY - SKIN if move > 0.0 else front + 1 + BODY + SKIN
+            lanes.speed[n, axis] = 0.0
+        else:
+            lanes.pose[n, axis] = at + move
 
-    walk = compiled(walk)
+    glide = compiled(glide)
 
     def step_lane(rules, lanes, n, action):
         """Plays FRAMES_PER_STEP frames of lane n, fewer where its episode ends. (reward, 1 where it ended else 0)."""
-        reward = 0.0
+        reward, ahead, aside, speed, walking, turning = 0.0, AHEAD[action], ASIDE[action], lanes.speed[n], rules.inertia[0], rules.inertia[1]
         for _ in range(FRAMES_PER_STEP):
-            angle = lanes.pose[n, 2] + TURN * TURNS[action]
+            speed[2] = turning * speed[2] + (1.0 - turning) * TURN * TURNS[action]
+            angle = lanes.pose[n, 2] + speed[2]
             if angle < 0.0:
                 angle += 2.0 * math.pi
             elif angle >= 2.0 * math.pi:
                 angle -= 2.0 * math.pi
             lanes.pose[n, 2] = angle
-            ahead_x, ahead_y, ahead, aside = math.cos(angle), math.sin(angle), AHEAD[action], ASIDE[action]
-            if ahead != 0 or aside != 0:
-                walk(lanes, n, WALK * (ahead * ahead_x - aside * ahead_y), WALK * (ahead * ahead_y + aside * ahead_x))
+            ahead_x, ahead_y = math.cos(angle), math.sin(angle)
+            speed[0] = walking * speed[0] + (1.0 - walking) * WALK * (ahead * ahead_x - aside * ahead_y)
+            speed[1] = walking * speed[1] + (1.0 - walking) * WALK * (ahead * ahead_y + aside * ahead_x)
+            glide(lanes, n, 0)
+            glide(lanes, n, 1)
             lanes.clock[n] += 1
             ended = lanes.clock[n] >= rules.limit[0]
             for s in range(lanes.kinds.shape[1]):

@@ -4,6 +4,8 @@ from envs.labyrinth.world import Labyrinth
 
 NAMES = ["DoubleTMaze", "Forage", "ForageAndAvoid", "NavMaze", "ShortDoubleTMaze"]
 ROOM = """seconds = 9
+walk_inertia = 0
+turn_inertia = 0
 map = '''
 #######
 #     #

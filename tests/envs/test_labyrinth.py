@@ -10,6 +10,7 @@ from small_levels import NAMES, ROOM, written
 
 from envs.api import check_step
 from envs.labyrinth import raycast, textures
+from envs.labyrinth.level import LEVELS
 from envs.labyrinth.overview import overview
 from envs.labyrinth.physics import ACTIONS, BODY, FRAMES_PER_STEP, REACH, TURN, WALK
 from envs.labyrinth.textures import LOOKS, SHADES, SIDE, SKY_COLUMNS, THINGS
@@ -65,6 +66,40 @@ def test_walls_stop_the_body_and_let_it_slide(tmp_path):
     place(env, 3.5, 4 - BODY - 1e-5, 30)  # along the lower wall
     act(env, "FORWARD", 5)
     assert env.lanes.pose[0, 0] == pytest.approx(3.5 + 5 * FRAMES_PER_STEP * WALK * math.cos(math.radians(30)))
+
+
+def test_a_body_gathers_speed_and_keeps_a_share_of_it(tmp_path):
+    env = written(tmp_path, ROOM.replace("walk_inertia = 0", "walk_inertia = 0.9").replace("turn_inertia = 0", "turn_inertia = 0.5"))
+    env.reset(0)
+    place(env, 2.5, 2.5, 0)
+    act(env, "FORWARD", 3)
+    frames = np.arange(1, 13)
+    assert env.lanes.speed[0, 0] == pytest.approx(WALK * (1 - 0.9**12))
+    assert env.lanes.pose[0] == pytest.approx([2.5 + WALK * (1 - 0.9**frames).sum(), 2.5, 0])
+    here = env.lanes.pose[0, 0]
+    act(env, "TURN_RIGHT")  # which glides on where it went, and not where it looks
+    assert env.lanes.pose[0, :2] == pytest.approx([here + WALK * (1 - 0.9**12) * (0.9 ** frames[:4]).sum(), 2.5])
+    assert env.lanes.pose[0, 2] == pytest.approx(TURN * (1 - 0.5 ** frames[:4]).sum())
+    turned = env.lanes.pose[0, 2]
+    act(env, "MOVE_LEFT")
+    assert env.lanes.pose[0, 2] == pytest.approx(turned + TURN * (1 - 0.5**4) * (0.5 ** frames[:4]).sum())
+    place(env, 6 - BODY - 0.01, 2.5, 0)
+    act(env, "FORWARD", 5)
+    assert env.lanes.speed[0, 0] == 0  # the wall has taken it
+    act(env, "BACKWARD")
+    assert env.lanes.speed[0, 0] == pytest.approx(-WALK * (1 - 0.9**4), rel=1e-4)  # it still turns a little
+    env.reset(0)
+    assert not env.lanes.speed.any()
+
+
+def test_who_is_taken_back_to_the_start_stands_still():
+    env = Labyrinth(1, "cpu", "ShortDoubleTMaze", height=8, width=8)
+    env.reset(0)
+    act(env, "FORWARD", 3)
+    x, y = env.lanes.places[0][env.lanes.kinds[0] == 0][0]
+    env.lanes.pose[0, :2] = x, y
+    act(env, "TURN_LEFT")  # the apple is taken in its first frame
+    assert env.lanes.speed[0] == pytest.approx([0, 0, -TURN * (1 - 0.8**3)])
 
 
 @pytest.mark.parametrize("level", NAMES)
@@ -302,8 +337,8 @@ reward = 1.0
     assert red(act(env, "TURN_LEFT").obs[0]) < 5
 
 
-def test_a_full_turn_shows_the_same_picture():
-    env = Labyrinth(1, "cpu", "Forage")
+def test_a_full_turn_shows_the_same_picture(tmp_path):
+    env = written(tmp_path, "turn_inertia = 0\n" + (LEVELS / "Forage.toml").read_text())
     before = env.reset(0).obs
     turn = round(2 * math.pi / (FRAMES_PER_STEP * TURN))
     after = act(env, "TURN_RIGHT", turn).obs

@@ -29,6 +29,8 @@ def test_floor_that_nobody_can_reach_becomes_wall():
         ("seconds = 5", "either a map or a"),
         ("seconds = 0\nmap = '#'", "seconds must be"),
         ("second = 5", "unknown key second"),
+        (ROOM.replace("turn_inertia = 0", "turn_inertia = 1"), "turn_inertia must be a number from 0 to below 1, got 1"),
+        (ROOM.replace("walk_inertia = 0", "walk_inertia = 'x'"), "walk_inertia must be a number from 0 to below 1, got x"),
         (ROOM.replace("S", " "), "no start"),
         (ROOM.replace("#     #\n#######", "#     #\n### ###"), "open: a way leads to its edge at row 5, column 4"),
         (ROOM.replace("#     #", "#  Q  #", 1), "'Q' stands neither"),
