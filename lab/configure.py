@@ -94,7 +94,7 @@ def _resumed(typed: dict[str, str]) -> DictConfig:
         old = OmegaConf.select(cfg, key)
         if value == old:
             continue
-        if key not in RESUMABLE_KEYS and not (key.startswith("evaluation.") and old is not None):
+        if key not in RESUMABLE_KEYS and not (key.startswith("evaluation.") and key.removeprefix("evaluation.") in cfg.evaluation):
             allowed = ", ".join((*RESUMABLE_KEYS, "evaluation.*"))
             raise UserError(f"{key} cannot be changed: a resumed run keeps its configuration but for {allowed}; start a new run instead")
         OmegaConf.update(cfg, key, value)
@@ -145,7 +145,7 @@ def check_numbers(cfg: DictConfig) -> None:
         if section in cfg and not isinstance(cfg[section], DictConfig):
             raise UserError(f"{section} is a group of keys ({section}.NAME=value), got {cfg[section]}")
         for key, value in cfg.get(section, {}).items():
-            if key not in ("learning_rate", "heldout"):
+            if key not in ("learning_rate", "heldout", "epsilon"):
                 cfg[section][key] = value = _whole(value)
             _check_knob(f"{section}.{key}", str(key), value)
     if "wandb" in cfg and cfg.wandb not in (*WANDB_MODES, False):
@@ -166,6 +166,10 @@ def _check_knob(name: str, key: str, value: Any) -> None:
         _check_type(name, value, "float")
         if not 0 <= value < 1:
             raise UserError(f"{name} is a share of the frames, 0 or more and below 1, got {value}")
+    elif key == "epsilon":
+        _check_type(name, value, "float | None")
+        if value is not None and not 0 <= value <= 1:
+            raise UserError(f"{name} is a share of the actions, from 0 to 1, or null for the protocol's, got {value}")
     elif key in ("optimiser", "precision", "path"):
         _check_type(name, value, "str | None" if key == "path" else "str")
     else:

@@ -45,7 +45,9 @@ def evaluate_agent(
     """
     quota = cfg["evaluation"]["episodes_per_lane"]
     protocol = make_protocol(cfg, for_evaluation=True)
-    epsilon = protocol.evaluation_epsilon if protocol else 0.0
+    epsilon = cfg["evaluation"].get("epsilon")
+    if epsilon is None:
+        epsilon = protocol.evaluation_epsilon if protocol else 0.0
     stamp = protocol.name if protocol else "none"
     seed = derive_seed(cfg["seed"], iteration, "evaluation")
     rows: list[dict[str, Any]] = []
@@ -92,14 +94,17 @@ def mean_return(rows: list[dict[str, Any]]) -> float:
 def run(cfg: DictConfig) -> int:
     """job=evaluate: scores a run's last checkpoint, prints the mean with its 95 % bootstrap interval, writes evaluations/*.csv."""
     folder = find_folder(str(cfg.run), "run")
-    own = {**read_config(folder), "evaluation": plain(cfg)["evaluation"], "seed": cfg.seed}
+    trained = read_config(folder)
+    own = {**trained, "evaluation": plain(cfg)["evaluation"], "seed": cfg.seed}
     if own["job"] != "train":
         raise UserError(f"run={folder}: that was job={own['job']}, and only a trained agent can be evaluated")
+    if own["evaluation"]["epsilon"] is None:
+        own["evaluation"]["epsilon"] = trained["evaluation"].get("epsilon")
     device = pick_device(cfg.device)
     loaded = checkpoint.load(folder)
     for warning in loaded.warnings:
         print(warning)
-    check_fingerprint(loaded.state.get("fingerprint"), own | {"seed": read_config(folder)["seed"]}, folder)
+    check_fingerprint(loaded.state.get("fingerprint"), own | {"seed": trained["seed"]}, folder)
     env = make_env(own, cfg.evaluation.num_envs, device, for_evaluation=True)
     agent, _ = make_agent(own, env.spec, device)
     agent.load_state_dict(loaded.state["agent"])
@@ -118,7 +123,7 @@ def run(cfg: DictConfig) -> int:
     mean, low, high = mean_interval([row["return"] for row in rows])
     game = str(own["choices"]["env"])
     normalised = human_normalised(game, mean)
-    print(f"{game} after {frames:,} frames, protocol {rows[0]['protocol']}, {len(rows)} episodes")
+    print(f"{game} after {frames:,} frames, protocol {rows[0]['protocol']}, epsilon {rows[0]['epsilon']:g}, {len(rows)} episodes")
     print(f"score    {mean:.1f} (95 % interval {low:.1f} to {high:.1f})")
     if normalised is not None:
         print(f"human    {100 * normalised:.1f} % of the way from random play to a professional tester")

@@ -181,7 +181,8 @@ def make_functions(compiled: Callable[..., Any]) -> tuple[Any, Any]:
 
     def step_lane(rules, lanes, n, action):
         """Plays FRAMES_PER_STEP frames of lane n, fewer where its episode ends. (reward, 1 where it ended else 0)."""
-        reward, ahead, aside, speed, walking, turning = 0.0, AHEAD[action], ASIDE[action], lanes.speed[n], rules.inertia[0], rules.inertia[1]
+        ahead, aside, walking, turning = AHEAD[action], ASIDE[action], rules.inertia[0], rules.inertia[1]
+        reward, speed = 0.0, lanes.speed[n]
         for _ in range(FRAMES_PER_STEP):
             speed[2] = turning * speed[2] + (1.0 - turning) * TURN * TURNS[action]
             angle = lanes.pose[n, 2] + speed[2]

@@ -15,6 +15,7 @@ import launch
 from generative.data import FrameData
 from generative.nade import NADE
 from lab import checkpoint
+from lab.logging import read_evaluation
 from lab.run import derive_seed, forked_seed, seed_everything
 
 
@@ -162,6 +163,19 @@ def test_evaluate_and_report_a_finished_run(tmp_path, capsys):
     (folder / "report.html").unlink()
     assert launch.main(["job=report", f"run={folder}"]) == 0
     assert (folder / "report.html").exists()
+
+
+def test_evaluation_epsilon_is_the_run_s_unless_it_is_given(tmp_path, capsys):
+    folder = run(tmp_path, "run", "agent=dqn", "agent.learning_starts_frames=1_000", "frames=320", "evaluation.epsilon=0.25")
+    words = ["job=evaluate", f"run={folder}", "evaluation.num_envs=2", "evaluation.episodes_per_lane=1", "evaluation.video=false"]
+    for own, epsilon in (([], 0.25), (["evaluation.epsilon=1"], 1), (["evaluation.epsilon=0"], 0)):
+        assert launch.main([*words, *own]) == 0
+        assert f"epsilon {epsilon:g}," in capsys.readouterr().out
+        assert {row["epsilon"] for row in read_evaluation(folder / "evaluations" / "frames-320-seed-0")} == {epsilon}
+    assert launch.main([*words, "evaluation.epsilon=1.5"]) == 2
+    assert "evaluation.epsilon is a share of the actions, from 0 to 1" in capsys.readouterr().err
+    assert launch.main([f"resume={folder}", "frames=640", "evaluation.epsilon=null", "evaluation.num_envs=2"]) == 0
+    assert read_evaluation(folder)[-1]["epsilon"] == 0
 
 
 def test_random_state_is_a_function_of_seed_iteration_and_purpose():
