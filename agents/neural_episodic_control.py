@@ -274,7 +274,10 @@ class NeuralEpisodicControl:
         self.network.torso.refresh()
         self.memory.descend(actions, mine, (of_keys, of_values), *self._rule)
         self.memory.touch(rows)
-        return {"train/loss": loss.detach(), "train/q_mean": q.detach().mean(), "train/gradient_norm": norm}
+        keys, q = keys.detach(), q.detach()
+        seen = {"train/q_mean": q.mean(), "train/q_std": q.std(correction=0)}  # keys that fall together give every state one value
+        seen |= {"train/key_norm": keys.norm(dim=1).mean(), "train/key_std": keys.std(0, correction=0).norm()}
+        return {"train/loss": loss.detach(), **seen, "train/gradient_norm": norm}
 
     def required_bytes(self, steps: int) -> int:
         """Dictionaries, replay, network, optimiser, and the frames of the steps that wait for their targets."""
