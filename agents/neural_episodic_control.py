@@ -116,7 +116,9 @@ class NeuralEpisodicControl:
         batch_size: states an update.
         learning_starts_frames: frames before the first update of network, keys and values. Dictionaries are written from the first on.
         update_frames: frames between two updates.
-        learning_rate: RMSProp's, and the two knobs that follow (see FlatOptimiser), of network, keys and values.
+        learning_rate: RMSProp's, and the two knobs that follow (see FlatOptimiser), of network, keys and values. Small, because frames are
+            looked for among keys that were written long ago: at 1e-4 all keys of Pong moved together, far from those, until every frame had
+            the same neighbours and one value.
         max_gradient_norm: longer gradients of the network are scaled down to it, or None.
         precision: auto, float32, bfloat16, or float16 (see `agents.half.fastest_torso`).
         search: nearest-neighbour backend.
@@ -141,9 +143,9 @@ class NeuralEpisodicControl:
         batch_size: int = 32,
         learning_starts_frames: int = 200_000,
         update_frames: int = 16,
-        learning_rate: float = 1e-4,
+        learning_rate: float = 8e-6,
         decay: float = 0.95,
-        optimiser_epsilon: float = 1e-5,
+        optimiser_epsilon: float = 0.1,
         max_gradient_norm: float | None = None,
         precision: str = "auto",
         search: str = "auto",

@@ -19,6 +19,8 @@ QUICK = {
     "replay_capacity": 4000,
     "learning_starts_frames": 500,
     "update_frames": 8,
+    "learning_rate": 1e-4,  # a toy has time for few updates
+    "optimiser_epsilon": 1e-5,
     "precision": "float32",
 }
 
