@@ -13,6 +13,8 @@ from generative.api import PlanStep
 
 EVIDENCE = 40.0  # e: what the commitment-plan's filter writes; summed over the columns it stays 40
 LARGEST_LOG = 10.0  # of a stride or a variance; beyond it float32 would overflow
+LARGEST_LOGIT = 10.0  # of a plan, which is read and added to wherever it is made anew: unbounded, it grows without end in a long episode
+LEAST_LOG_VARIANCE = -2.0  # a filter of one column; the gradients of narrower ones between two columns explode over the steps of a rollout
 MOST_STEPS, MOST_FILTERS = 10_000, 100
 
 
@@ -32,8 +34,9 @@ class Straw(nn.Module):
     first step plans. The gate is hard; its gradient goes straight through to c_1, also in the cost.
 
     Kept from the paper: all the above, T = 500, K = 10, e = 40. Ours, where it is silent or we do not know: `hidden`, the costs, zeta of as
-    many numbers as z, ReLUs, and where filters start: on the first K columns, a column apart, and c's in their midst. Everything is
-    computed in the plan's dtype, float32 but in tests, whatever that of the parameters.
+    many numbers as z, ReLUs, where filters start (on the first K columns, a column apart, and c's in their midst), and bounds, without
+    which long rollouts overflow: logits of plans lie within +-10 nats, the variance of filters above e^-2. Everything is computed in the
+    plan's dtype, float32 but in tests, whatever that of the parameters.
 
     Args:
         obs_shape: unused, every model takes it; a planner sees the agent's features.
@@ -117,7 +120,8 @@ class Straw(nn.Module):
         where = gaussian_filters(psi_c[:, 0], torch.zeros_like(chance), psi_c[:, 1], 1, self.plan_steps).squeeze(2)
         commitment = torch.sigmoid(self.bias.to(plan.dtype) + EVIDENCE * where)  # (B, T)
         opened = gate.view(-1, 1, 1)
-        fresh = torch.cat([shifted[:, :-1] + opened * written, opened * commitment.unsqueeze(1) + (1 - opened) * shifted[:, -1:]], 1)
+        actions = (shifted[:, :-1] + opened * written).clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
+        fresh = torch.cat([actions, opened * commitment.unsqueeze(1) + (1 - opened) * shifted[:, -1:]], 1)
         cost = gate * self.kl_cost * divergence + self.replan_cost * fresh[:, -1, 0]
         return PlanStep(fresh[:, :-1, 0], fresh, replanned, cost, noise)
 
@@ -132,11 +136,16 @@ def time_shift(plan: Tensor) -> Tensor:
     return functional.pad(plan[..., 1:], (0, 1))
 
 
+def made_anew(plan: Tensor) -> Tensor:
+    """bool (B): which of the plans (B, A + 1, T) were made in the step just gone. The commitment of one that was shifted ends in a zero."""
+    return plan[:, -1, -1] > 0
+
+
 def gaussian_filters(position: Tensor, log_stride: Tensor, log_variance: Tensor, filters: int, steps: int) -> Tensor:
     """K Gaussians over T columns, each normalised to sum to 1 (Gregor et al. 2015, arXiv 1502.04623, section 3.2, in one dimension).
 
     The k-th of 1..K is centred on position + (k - K / 2 - 1 / 2) stride, in columns, the first column being 0. A centre outside the plan
-    gives a filter on the nearest columns. The two logarithms are held within +-10.
+    gives a filter on the nearest columns. The stride's logarithm is held within +-10, the variance's within -2 and 10.
 
     Args:
         position, log_stride, log_variance: float (B); the variance in columns squared.
@@ -146,7 +155,7 @@ def gaussian_filters(position: Tensor, log_stride: Tensor, log_variance: Tensor,
     Returns:
         (B, T, K), in their dtype.
     """
-    stride, precision = log_stride.clamp(-LARGEST_LOG, LARGEST_LOG).exp(), (-log_variance.clamp(-LARGEST_LOG, LARGEST_LOG)).exp()
+    stride, precision = log_stride.clamp(-LARGEST_LOG, LARGEST_LOG).exp(), (-log_variance.clamp(LEAST_LOG_VARIANCE, LARGEST_LOG)).exp()
     places = torch.arange(1, filters + 1, dtype=position.dtype, device=position.device) - filters / 2 - 0.5
     centres = position.unsqueeze(1) + places * stride.unsqueeze(1)  # (B, K)
     columns = torch.arange(steps, dtype=position.dtype, device=position.device).unsqueeze(1)

@@ -9,7 +9,7 @@ from torch.distributions import Normal, kl_divergence
 
 from envs.api import UserError
 from generative.api import Model, Planner
-from generative.straw import Straw, gaussian_filters, kl_to_normal, time_shift
+from generative.straw import Straw, gaussian_filters, kl_to_normal, made_anew, time_shift
 
 CPU = torch.device("cpu")
 ACTIONS, STEPS, FILTERS, FEATURES = 3, 6, 4, 5
@@ -81,6 +81,13 @@ def test_filters_sum_to_one_wherever_they_are():
     assert float(found[0, 0].min()) == float(found[3, -1].min()) == 1  # out of sight: the nearest column
 
 
+def test_the_narrowest_filter_between_two_columns_has_a_bounded_slope():
+    """Of two columns the second gets sigmoid(precision (position - 1/2)), whose slope is a quarter of the precision, at most e^2."""
+    position = torch.tensor([0.5], requires_grad=True)
+    gaussian_filters(position, torch.tensor([0.0]), torch.tensor([-50.0]), 1, 2)[0, 1, 0].backward()
+    assert float(position.grad) == pytest.approx(math.exp(2) / 4)
+
+
 @pytest.mark.parametrize("filters", [1, 4])
 def test_filters_equal_plain_loops(filters):
     position, log_stride, log_variance = torch.randn(3) + 2, torch.randn(3), torch.randn(3)
@@ -122,6 +129,26 @@ def test_a_scripted_plan_is_followed_to_the_letter():
     step = planner.advance(torch.randn(2, FEATURES), plan)
     assert bool(step.replanned.all())
     assert not torch.equal(step.logits, script[:, :-1, 5])
+
+
+def test_a_plan_made_anew_without_end_stays_bounded():
+    """Writes that grow with what is read, at every step of a long episode."""
+    planner = lively(straw(noise=False))
+    for layer in (planner.first, planner.second, planner.write):
+        layer.weight.data.abs_().mul_(5)
+    plan, features = planner.start(2), torch.randn(2, FEATURES)
+    with torch.no_grad():
+        for _ in range(100):
+            plan[:, -1, 0] = 1
+            plan = planner.advance(features, plan).plan
+    assert float(plan.abs().max()) == 10
+    assert bool(torch.isfinite(plan).all())
+
+
+def test_a_plan_tells_whether_it_was_made_anew():
+    planner, plan = lively(straw()), torch.cat([scripted([1, 0, 0, 0, 0, 0], 1), scripted([0, 1, 1, 1, 1, 1], 1)])
+    step = planner.advance(torch.randn(2, FEATURES), plan)
+    assert made_anew(step.plan).tolist() == step.replanned.tolist() == [True, False]
 
 
 def test_gate_opens_as_often_as_it_is_said():
