@@ -13,7 +13,7 @@ from generative.api import PlanStep
 
 EVIDENCE = 40.0  # e: what the commitment-plan's filter writes; summed over the columns it stays 40
 LARGEST_LOG = 10.0  # of a stride or a variance; beyond it float32 would overflow
-LARGEST_LOGIT = 10.0  # of a plan, which is read and added to wherever it is made anew: unbounded, it grows without end in a long episode
+LARGEST_LOGIT = 10.0  # that is read of a plan: what is read is added to, and would grow without end in a long episode
 LEAST_LOG_VARIANCE = -2.0  # a filter of one column; the gradients of narrower ones between two columns explode over the steps of a rollout
 MOST_STEPS, MOST_FILTERS = 10_000, 100
 
@@ -34,9 +34,9 @@ class Straw(nn.Module):
     first step plans. The gate is hard; its gradient goes straight through to c_1, also in the cost.
 
     Kept from the paper: all the above, T = 500, K = 10, e = 40. Ours, where it is silent or we do not know: `hidden`, the costs, zeta of as
-    many numbers as z, ReLUs, where filters start (on the first K columns, a column apart, and c's in their midst), and bounds, without
-    which long rollouts overflow: logits of plans lie within +-10 nats, the variance of filters above e^-2. Everything is computed in the
-    plan's dtype, float32 but in tests, whatever that of the parameters.
+    many numbers as z, ReLUs, where filters start (on the first K columns, a column apart, and c's in their midst), and what keeps long
+    rollouts from overflowing: A is read within +-10 nats and without a gradient, and no filter's variance is below e^-2. Everything is
+    computed in the plan's dtype, float32 but in tests, whatever that of the parameters.
 
     Args:
         obs_shape: unused, every model takes it; a planner sees the agent's features.
@@ -113,15 +113,14 @@ class Straw(nn.Module):
             zeta, divergence = mean + log_std.exp() * noise[:, 1:], kl_to_normal(mean, log_std)
         psi = _linear(self.attend, zeta)
         grid = gaussian_filters(psi[:, 0], psi[:, 1], psi[:, 2], self.filters, self.plan_steps)
-        seen = plan[:, :-1] @ grid  # (B, A, K)
+        seen = plan[:, :-1].detach().clamp(-LARGEST_LOGIT, LARGEST_LOGIT) @ grid  # (B, A, K)
         xi = _linear(self.second, _linear(self.first, torch.cat([seen.flatten(1), zeta], 1)).relu()).relu()
         written = _linear(self.write, xi).unflatten(1, (self.num_actions, self.filters)) @ grid.transpose(1, 2)  # (B, A, T)
         psi_c = _linear(self.commit, torch.cat([psi, xi], 1))
         where = gaussian_filters(psi_c[:, 0], torch.zeros_like(chance), psi_c[:, 1], 1, self.plan_steps).squeeze(2)
         commitment = torch.sigmoid(self.bias.to(plan.dtype) + EVIDENCE * where)  # (B, T)
         opened = gate.view(-1, 1, 1)
-        actions = (shifted[:, :-1] + opened * written).clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
-        fresh = torch.cat([actions, opened * commitment.unsqueeze(1) + (1 - opened) * shifted[:, -1:]], 1)
+        fresh = torch.cat([shifted[:, :-1] + opened * written, opened * commitment.unsqueeze(1) + (1 - opened) * shifted[:, -1:]], 1)
         cost = gate * self.kl_cost * divergence + self.replan_cost * fresh[:, -1, 0]
         return PlanStep(fresh[:, :-1, 0], fresh, replanned, cost, noise)
 

@@ -132,7 +132,7 @@ def test_a_scripted_plan_is_followed_to_the_letter():
 
 
 def test_a_plan_made_anew_without_end_stays_bounded():
-    """Writes that grow with what is read, at every step of a long episode."""
+    """Writes that grow with what is read, at every step of a long episode, which without a bound overflow."""
     planner = lively(straw(noise=False))
     for layer in (planner.first, planner.second, planner.write):
         layer.weight.data.abs_().mul_(5)
@@ -141,8 +141,8 @@ def test_a_plan_made_anew_without_end_stays_bounded():
         for _ in range(100):
             plan[:, -1, 0] = 1
             plan = planner.advance(features, plan).plan
-    assert float(plan.abs().max()) == 10
     assert bool(torch.isfinite(plan).all())
+    assert (plan[:, :-1].abs().amax((1, 2)) < 1e6).all()
 
 
 def test_a_plan_tells_whether_it_was_made_anew():
@@ -237,21 +237,30 @@ def test_noise_given_back_repeats_bit_for_bit():
 
 @pytest.mark.parametrize("noisy", [True, False])
 def test_gradients_are_those_of_finite_differences(noisy):
-    """Of features, of what was planned before and of all parameters, where the gate stays as it is."""
+    """Of features and of all parameters, where the gate stays as it is."""
     torch.manual_seed(2)
     planner = lively(straw(noise=noisy, kl_cost=0.3, replan_cost=0.7)).double()
-    chance = torch.tensor([[0.0] + [0.4] * 5, [1.0] + [0.4] * 5]).double()
-    features, rows = torch.randn(2, FEATURES).double().requires_grad_(), torch.randn(2, ACTIONS, STEPS).double().requires_grad_()
-    noise = planner.advance(features, torch.cat([rows, chance.unsqueeze(1)], 1)).noise
+    plan = torch.cat([torch.randn(2, ACTIONS, STEPS), torch.tensor([[[0.0] + [0.4] * 5], [[1.0] + [0.4] * 5]])], 1).double()
+    features = torch.randn(2, FEATURES).double().requires_grad_()
+    noise = planner.advance(features, plan).noise
     names = [name for name, _ in planner.named_parameters()]
 
-    def outputs(features, rows, *parameters):
-        plan = torch.cat([rows, chance.unsqueeze(1)], 1)
+    def outputs(features, *parameters):
         step = torch.func.functional_call(planner, dict(zip(names, parameters)), (features, plan, noise), strict=False)
         return step.plan, step.cost
 
     planner.forward = planner.advance
-    assert gradcheck(outputs, (features, rows, *(parameter.detach().requires_grad_() for parameter in planner.parameters())))
+    assert gradcheck(outputs, (features, *(parameter.detach().requires_grad_() for parameter in planner.parameters())))
+
+
+def test_gradient_of_the_plan_before_is_that_of_the_shift_alone():
+    """What is read of it has none, whether the gate opened or not."""
+    planner, plan = lively(straw()), torch.cat([scripted([1, 0, 0, 0, 0, 0], 1), scripted([0] * STEPS, 1)]).requires_grad_()
+    step = planner.advance(torch.randn(2, FEATURES), plan)
+    assert step.replanned.tolist() == [True, False]
+    weights = torch.randn(2, ACTIONS, STEPS)
+    (found,) = torch.autograd.grad((step.plan[:, :-1] * weights).sum(), plan)
+    assert torch.equal(found[:, :-1], torch.nn.functional.pad(weights[..., :-1], (1, 0)))
 
 
 def test_gradient_flows_from_a_followed_column_to_the_features_that_it_was_planned_from():
