@@ -286,9 +286,14 @@ class ActorCritic:
         return {**parts, "train/gradient_norm": self.optimiser.descend(loss, self._max_norm)}
 
     def required_bytes(self, steps: int) -> int:
-        """Network, optimiser and bonus. A rollout's few frames are not counted."""
+        """Network, optimiser and bonus. A rollout is not counted: see `rollout_bytes`."""
         network = 16 * self.optimiser.master.numel() if steps else 0
         return network + (self.bonus.required_bytes(steps) if self.bonus is not None else 0)
+
+    def rollout_bytes(self, num_envs: int) -> int:
+        """An upper bound of what a rollout of so many lanes holds of a planner's plans; its few frames are not counted."""
+        policy = self.network.policy
+        return policy.planner.required_bytes(num_envs * self._rollout.length) if isinstance(policy, Planned) else 0
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {"frames": self.frames, "optimiser": self.optimiser.state_dict()}

@@ -140,3 +140,6 @@ class Planner(Model, Protocol):
 
     def advance(self, features: Tensor, plan: Tensor, noise: Tensor | None = None) -> PlanStep:
         """features (B, D). `noise` given back from the agent's notes makes the step repeatable and differentiable."""
+
+    def required_bytes(self, steps: int) -> int:
+        """An upper bound of what `steps` steps of single lanes hold until a loss has gone back through them, weights apart."""

@@ -124,6 +124,12 @@ class Straw(nn.Module):
         cost = gate * self.kl_cost * divergence + self.replan_cost * fresh[:, -1, 0]
         return PlanStep(fresh[:, :-1, 0], fresh, replanned, cost, noise)
 
+    def required_bytes(self, steps: int) -> int:
+        """An upper bound of what `steps` steps of single lanes hold until a loss has gone back through them, weights apart."""
+        rows = 5 * (self.num_actions + 1) + 5 * self.filters + 8  # of T numbers: plans, written and shifted, and filters
+        units = 4 * (self.num_actions * self.filters + self.hidden + 8)
+        return 4 * steps * (self.plan_steps * rows + units + 8 * self.attend.in_features)
+
     def _start_filter(self, layer: nn.Linear) -> None:
         """The position that a filter grid starts from: such that its K centres, a column apart, begin with the first column."""
         nn.init.zeros_(layer.bias)

@@ -292,6 +292,8 @@ class Training:
         budget = self.settings["frames"] + self._frames_per_iteration
         needed = self.agent.required_bytes(budget // self.env.spec.frames_per_step)
         check_memory(needed, self.device, "lower agent.capacity or frames")
+        rollout_bytes = getattr(self.agent, "rollout_bytes", lambda num_envs: 0)(self.env.num_envs)
+        check_memory(needed + rollout_bytes, self.device, "lower planner.plan_steps, agent.n_steps or num_envs")
         check_disk(3 * needed, folder or Path(self.settings["runs_dir"]))  # two checkpoints, and the one that is being written
         if needed:
             disk = human_bytes(2 * needed)

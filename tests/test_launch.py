@@ -314,6 +314,22 @@ def test_every_experiment_composes(experiment):
     assert compose([f"experiment={experiment}"]).choices.experiment == experiment
 
 
+def test_plans_longer_than_memory_are_refused(tmp_path, capsys):
+    words = [
+        "agent=a3c",
+        "planner=straw",
+        "planner.plan_steps=10_000",
+        "num_envs=4096",
+        "agent.n_steps=100",
+        "env=Catch",
+        f"runs_dir={tmp_path}",
+    ]
+    told = refused(capsys, *words)
+    assert "will grow to" in told
+    assert "lower planner.plan_steps, agent.n_steps or num_envs" in told
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("bench", sorted(path.stem for path in (CONFIGS / "bench").glob("*.yaml")))
 def test_every_line_of_every_bench_composes(bench, tmp_path):
     cfg = plain(compose(["job=bench", f"bench={bench}"]))["bench"]

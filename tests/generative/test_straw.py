@@ -311,3 +311,28 @@ def test_wrong_knobs_are_named(knob, bad):
     with pytest.raises(UserError, match=rf"^planner\.{knob} must be .*, got ") as trouble:
         straw(**{knob: bad})
     assert "\n" not in str(trouble.value)
+
+
+@pytest.mark.parametrize(
+    ("actions", "steps", "filters", "hidden", "features", "noise"),
+    [(3, 6, 3, 8, 16, True), (18, 500, 10, 128, 64, True), (4, 12, 5, 32, 16, False), (4, 2000, 1, 16, 8, False), (2, 10, 100, 8, 8, True)],
+)
+def test_what_a_rollout_holds_is_told(actions, steps, filters, hidden, features, noise):
+    """By what autograd saves and what is handed back, no byte counted twice."""
+    planner = Straw((1, 4, 4), actions, "cpu", plan_steps=steps, filters=filters, hidden=hidden, noise=noise)
+    planner.connect(features)
+    own, held = {parameter.untyped_storage().data_ptr() for parameter in planner.parameters()}, {}
+
+    def hold(tensor):
+        held[tensor.untyped_storage().data_ptr()] = tensor  # and so no address is given twice
+        return tensor
+
+    plan = planner.start(4)
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+        for _ in range(5):
+            step = planner.advance(torch.randn(4, features, requires_grad=True), plan)
+            plan = step.plan
+            for part in step:
+                hold(part)
+    taken = sum(tensor.untyped_storage().nbytes() for place, tensor in held.items() if place not in own)
+    assert 0.3 * planner.required_bytes(4 * 5) < taken <= planner.required_bytes(4 * 5)
