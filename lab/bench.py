@@ -22,7 +22,7 @@ from lab.configure import plain
 from lab.folder import read_config, write_beside
 from lab.grid import PlannedRun, bench_folder, plan
 from lab.logging import read_evaluation, read_metrics
-from lab.protocols import PUBLISHED_FRAMES, SCORES, human_normalised, mean_interval
+from lab.protocols import PUBLISHED_FRAMES, SCORES, Scores, human_normalised, mean_interval
 from lab.run import pick_device
 from lab.seeds import at_shared_frames
 
@@ -144,7 +144,7 @@ def _mean(values: list[float]) -> float:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """A Markdown table, one row a setting, beside random play, a human tester, and MFEC as published by Pritzel et al. (2017).
+    """A Markdown table, one row a setting, beside random play, a human tester, and MFEC and NEC as published by Pritzel et al. (2017).
 
     Published columns are there where any game has published scores, and the count of solving seeds where the rows hold it.
     """
@@ -152,7 +152,8 @@ def table(results: list[dict[str, Any]]) -> str:
     solved = sorted({row["solved"] for row in results if "solved" in row})
     names = ["setting", "frames", "seeds", "score (95 % over seeds)"]
     names += [f"seeds above {score:g}" for score in solved]
-    names += ["random", "human", f"MFEC at {PUBLISHED_FRAMES // 10**6}M (NEC paper)"] if known else []
+    published_at = f"at {PUBLISHED_FRAMES // 10**6}M (NEC paper)"
+    names += ["random", "human", f"MFEC {published_at}", f"NEC {published_at}"] if known else []
     names.append("frames/s")
     lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
     places = 1 if any(abs(final) >= 10 for row in results for final in row["final_by_seed"]) else 2
@@ -163,7 +164,7 @@ def table(results: list[dict[str, Any]]) -> str:
         cells += [f"{row['seeds_above']} of {row['seeds']}"] if solved else []
         if known:
             published = SCORES.get(row["game"])
-            cells += [f"{number:,.1f}" for number in (published.random, published.human, published.mfec)] if published else [""] * 3
+            cells += [f"{number:,.1f}" for number in published] if published else [""] * len(Scores._fields)
         cells.append(f"{row['frames_per_second']:,.0f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
