@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from envs.area import shrink
+from envs.area import shrink, shrink_planes
 from envs.cpus import usable_cpus
 from envs.seeds import splitmix64
 from envs.transfer import ALIGNMENT, Transfer, block_bytes, pack, unpack
@@ -77,6 +77,14 @@ def test_shrink_is_the_mean_of_what_a_pixel_covers(size):
 
     expected = np.einsum("ab,bcd,ec->aed", cover(210, size[0]), picture.astype(float), cover(160, size[1]), optimize=True)
     assert np.abs(shrink(picture, *size) - expected).max() <= 0.501
+
+
+def test_planes_are_shrunk_as_the_channels_of_a_picture():
+    picture = np.random.default_rng(0).integers(0, 256, (12, 16, 5), dtype=np.uint8)
+    planes = picture.transpose(2, 0, 1)
+    for size in ((5, 7), (12, 16), (12, 9), (1, 16)):
+        assert np.array_equal(shrink_planes(planes, *size), shrink(picture, *size).transpose(2, 0, 1))
+        assert shrink_planes(planes, *size).flags.c_contiguous
 
 
 def test_splitmix64_is_the_published_one():
