@@ -24,7 +24,20 @@ from envs.api import UserError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 RESUMABLE_KEYS = ("frames", "device", "wandb")
-PACKAGES = ("torch", "numpy", "ale-py", "envpool", "gymnasium", "numba", "faiss-cpu", "faiss-gpu", "hydra-core", "wandb", "safetensors")
+PACKAGES = (
+    "torch",
+    "numpy",
+    "ale-py",
+    "envpool",
+    "vizdoom",
+    "gymnasium",
+    "numba",
+    "faiss-cpu",
+    "faiss-gpu",
+    "hydra-core",
+    "wandb",
+    "safetensors",
+)
 MOST_CONFIG_BYTES = 100_000
 WRITTEN = ("config.yaml", "version.json", "metrics.jsonl", "evaluation.csv", "report.html", "videos", "images", "evaluations", "frames")
 GROUP_OF = {"encoder": "model", "density": "model", "simulator": "model", "planner": "model"}

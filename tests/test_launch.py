@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_vizdoom import FakeViZDoom
 
 import launch
 from generative.api import Density, Encoder, Planner, Trainable
@@ -262,7 +263,9 @@ FIT = ["fit.frames=64", "fit.updates=2", "fit.batch_size=8"]
 
 
 @pytest.mark.parametrize("env", ENVS)
-def test_every_environment_runs_64_frames(env, tmp_path):
+def test_every_environment_runs_64_frames(env, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vizdoom", FakeViZDoom())
+    monkeypatch.chdir(tmp_path)  # ViZDoom has a folder where it runs
     assert launch.main(small_frames([f"env={env}", f"runs_dir={tmp_path}"])) == 0
 
 

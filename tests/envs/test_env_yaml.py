@@ -11,7 +11,7 @@ FOLDER = Path(__file__).parents[2] / "configs" / "env"
 GIVEN_BY_THE_JOB = {"num_envs", "device", "protocol"}
 
 
-@pytest.mark.parametrize("name", ["atari", "Chain", "Ring", "Catch", "Cue", "Deceptive", "GridMaze"])
+@pytest.mark.parametrize("name", ["atari", "Chain", "Ring", "Catch", "Cue", "Deceptive", "GridMaze", "MyWayHome"])
 def test_yaml_equals_constructor(name):
     knobs = OmegaConf.to_container(OmegaConf.load(FOLDER / f"{name}.yaml"))
     module, cls = knobs.pop("_target_").rsplit(".", 1)
