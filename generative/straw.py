@@ -13,7 +13,6 @@ from generative.api import PlanStep
 
 EVIDENCE = 40.0  # e: what the commitment-plan's filter writes; summed over the columns it stays 40
 LARGEST_LOG = 10.0  # of a stride or a variance; beyond it float32 would overflow
-LARGEST_LOGIT = 10.0  # that is read of a plan: what is read is added to, and would grow without end in a long episode
 LEAST_LOG_VARIANCE = -2.0  # a filter of one column; the gradients of narrower ones between two columns explode over the steps of a rollout
 MOST_STEPS, MOST_FILTERS = 10_000, 100
 
@@ -35,8 +34,8 @@ class Straw(nn.Module):
 
     Kept from the paper: all the above, T = 500, K = 10, e = 40. Ours, where it is silent or we do not know: `hidden`, the costs, zeta of as
     many numbers as z, ReLUs, where filters start (on the first K columns, a column apart, and c's in their midst), and what keeps long
-    rollouts from overflowing: A is read within +-10 nats and without a gradient, and no filter's variance is below e^-2. Everything is
-    computed in the plan's dtype, float32 but in tests, whatever that of the parameters.
+    rollouts from overflowing: A is bounded, and read without a gradient, and no filter's variance is below e^-2. Everything is computed in
+    the plan's dtype, float32 but in tests, whatever that of the parameters.
 
     Args:
         obs_shape: unused, every model takes it; a planner sees the agent's features.
@@ -48,6 +47,8 @@ class Straw(nn.Module):
         noise: whether zeta is sampled: STRAWe.
         kl_cost: alpha.
         replan_cost: lambda.
+        largest_logit: in nats; A is held within +- this, its gradient as if it were not. Plans that add up where they are made often would
+            grow without end, and a policy that is too sure of a mistake never learns of it.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Straw(nn.Module):
         noise: bool = True,
         kl_cost: float = 1e-4,
         replan_cost: float = 1e-2,
+        largest_logit: float = 3.0,
     ) -> None:
         super().__init__()
         for name, count, most in (("plan_steps", plan_steps, MOST_STEPS), ("filters", filters, MOST_FILTERS)):
@@ -68,11 +70,13 @@ class Straw(nn.Module):
                 raise UserError(f"planner.{name} must be from 1 to {most:,}, got {count}")
         if hidden < 1:
             raise UserError(f"planner.hidden must be at least 1, got {hidden}")
+        if not 0 < largest_logit < math.inf:
+            raise UserError(f"planner.largest_logit must be above 0, got {largest_logit}")
         for name, cost in (("kl_cost", kl_cost), ("replan_cost", replan_cost)):
             if not 0 <= cost < math.inf:
                 raise UserError(f"planner.{name} must be 0 or more, got {cost}")
         self.obs_shape, self.num_actions, self.plan_steps, self.filters = obs_shape, num_actions, plan_steps, filters
-        self.hidden, self.noise, self.kl_cost, self.replan_cost = hidden, noise, kl_cost, replan_cost
+        self.hidden, self.noise, self.kl_cost, self.replan_cost, self.largest_logit = hidden, noise, kl_cost, replan_cost, largest_logit
         self.second = nn.Linear(hidden, hidden)
         self.write = nn.Linear(hidden, num_actions * filters)  # f_A
         self.commit = nn.Linear(3 + hidden, 2)  # psi_c: one filter has no stride
@@ -113,14 +117,16 @@ class Straw(nn.Module):
             zeta, divergence = mean + log_std.exp() * noise[:, 1:], kl_to_normal(mean, log_std)
         psi = _linear(self.attend, zeta)
         grid = gaussian_filters(psi[:, 0], psi[:, 1], psi[:, 2], self.filters, self.plan_steps)
-        seen = plan[:, :-1].detach().clamp(-LARGEST_LOGIT, LARGEST_LOGIT) @ grid  # (B, A, K)
+        seen = plan[:, :-1].detach() @ grid  # (B, A, K)
         xi = _linear(self.second, _linear(self.first, torch.cat([seen.flatten(1), zeta], 1)).relu()).relu()
         written = _linear(self.write, xi).unflatten(1, (self.num_actions, self.filters)) @ grid.transpose(1, 2)  # (B, A, T)
         psi_c = _linear(self.commit, torch.cat([psi, xi], 1))
         where = gaussian_filters(psi_c[:, 0], torch.zeros_like(chance), psi_c[:, 1], 1, self.plan_steps).squeeze(2)
         commitment = torch.sigmoid(self.bias.to(plan.dtype) + EVIDENCE * where)  # (B, T)
         opened = gate.view(-1, 1, 1)
-        fresh = torch.cat([shifted[:, :-1] + opened * written, opened * commitment.unsqueeze(1) + (1 - opened) * shifted[:, -1:]], 1)
+        actions = shifted[:, :-1] + opened * written
+        actions = actions + (actions.clamp(-self.largest_logit, self.largest_logit) - actions).detach()
+        fresh = torch.cat([actions, opened * commitment.unsqueeze(1) + (1 - opened) * shifted[:, -1:]], 1)
         cost = gate * self.kl_cost * divergence + self.replan_cost * fresh[:, -1, 0]
         return PlanStep(fresh[:, :-1, 0], fresh, replanned, cost, noise)
 
