@@ -27,7 +27,7 @@ from lab.run import pick_device
 from lab.seeds import at_shared_frames
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch.py"
-KINDS = (None, "exploration", "salient_event")
+KINDS = (None, "exploration", "salient_event", "macro_actions")
 
 
 def run(cfg: DictConfig) -> int:
@@ -51,6 +51,10 @@ def run(cfg: DictConfig) -> int:
     planned = plan(bench, folder)
     if kind == "exploration":
         exploration.baseline_of(bench)
+    if kind == "macro_actions":
+        from lab import macro_actions
+
+        macro_actions.check_settings(bench)
     failed = _train_all(planned, str(cfg.device))
     finished: dict[str, list[Path]] = {one.label: [] for one in planned}
     for one in planned:
@@ -71,6 +75,10 @@ def run(cfg: DictConfig) -> int:
     print(table(results))
     if kind == "exploration":
         exploration.draw_figures(bench, results, finished, folder)
+    if kind == "macro_actions":
+        from lab import macro_actions
+
+        macro_actions.draw_figures(finished, folder, str(cfg.device))
     print(f"results  {folder}")
     return 1 if failed else 0
 
