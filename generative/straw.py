@@ -124,9 +124,9 @@ class Straw(nn.Module):
         where = gaussian_filters(psi_c[:, 0], torch.zeros_like(chance), psi_c[:, 1], 1, self.plan_steps).squeeze(2)
         commitment = torch.sigmoid(self.bias.to(plan.dtype) + EVIDENCE * where)  # (B, T)
         opened = gate.view(-1, 1, 1)
-        actions = shifted[:, :-1] + opened * written
+        actions = shifted[:, :-1] + written
         actions = actions + (actions.clamp(-self.largest_logit, self.largest_logit) - actions).detach()
-        fresh = torch.cat([actions, opened * commitment.unsqueeze(1) + (1 - opened) * shifted[:, -1:]], 1)
+        fresh = opened * torch.cat([actions, commitment.unsqueeze(1)], 1) + (1 - opened) * shifted
         cost = gate * self.kl_cost * divergence + self.replan_cost * fresh[:, -1, 0]
         return PlanStep(fresh[:, :-1, 0], fresh, replanned, cost, noise)
 
