@@ -11,7 +11,7 @@ from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from envs.api import Step
+from envs.api import Step, UserError
 from envs.labyrinth.world import Labyrinth
 
 
@@ -26,6 +26,8 @@ class LabyrinthEnv(gymnasium.Env[np.ndarray, np.int64]):
     metadata = {"render_modes": ["rgb_array"], "render_fps": Labyrinth.steps_per_second}  # noqa: RUF012
 
     def __init__(self, render_mode: str | None = None, **knobs: Any) -> None:
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise UserError(f"render_mode is rgb_array or None, got {render_mode}")
         self.world, self.render_mode = Labyrinth(1, "cpu", num_threads=1, **knobs), render_mode
         self.observation_space, self.action_space = _spaces(self.world)
         self._view = np.zeros(self.observation_space.shape, np.uint8)
@@ -36,6 +38,8 @@ class LabyrinthEnv(gymnasium.Env[np.ndarray, np.int64]):
         return self._view, {}
 
     def step(self, action: np.int64) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        if not self.action_space.contains(action):
+            raise ValueError(f"an action is a whole number from 0 to {self.world.spec.num_actions - 1}, got {action!r}")
         after = self.world.step(torch.tensor([int(action)]))
         self._view = _pictures(after.next_obs)[0]
         terminated, truncated = (bool(flag[0]) for flag in _ends(after))
@@ -68,7 +72,10 @@ class LabyrinthVectorEnv(VectorEnv):
         return _pictures(self.world.reset(int(self.np_random.integers(2**31))).obs), {}
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        after = self.world.step(torch.from_numpy(np.asarray(actions, np.int64)))
+        actions = np.asarray(actions)
+        if actions.dtype.kind not in "iu":
+            raise ValueError(f"actions are whole numbers, got {actions.dtype}")
+        after = self.world.step(torch.from_numpy(actions.astype(np.int64)))
         terminated, truncated = _ends(after)
         info: dict[str, Any] = {}
         if after.next_obs is not after.obs:

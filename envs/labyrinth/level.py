@@ -3,7 +3,8 @@
     seconds = 60                      # of an episode
     walk_inertia = 0.9                # the share of its speed that a body keeps from frame to frame, and
     turn_inertia = 0.8                # of its turning; these where nothing is said, 0 for none
-    map = '''                         # one character a cell
+    # one character a cell
+    map = '''
     #######
     #^...A#
     #######
@@ -14,7 +15,7 @@
     [things.apple]
     reward = 1.0
     then = "elsewhere"                # when it is taken: gone, elsewhere, restart or end
-    count = 3                         # so many more at random places
+    count = 1                         # so many more at random places
 
 `.` is floor where random things may lie, a blank is floor where none does; `^ > v <` are starts that face so, `S` one that faces anywhere.
 `draws = [{x = "red"}, {x = "green"}]` lists alternatives, one of which is drawn whenever an episode begins or a thing says restart: what a
@@ -30,7 +31,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -44,7 +45,7 @@ FLOORS = ". "
 INERTIA = {"walk_inertia": 0.9, "turn_inertia": 0.8}
 KEYS = {"about", "seconds", *INERTIA, "map", "legend", "things", "draws", "maze"}
 SMALLEST, LARGEST = 3, 99  # rows and columns
-MOST_THINGS = 64
+MOST_THINGS, MOST_REWARD = 64, 1_000_000
 
 
 @dataclass(frozen=True)
@@ -78,22 +79,48 @@ def load_level(level: str, size: int | None = None) -> Level:
         UserError: where there is none, or it cannot be played: one line that names the file and what to put right.
     """
     path = Path(level) if level.endswith(".toml") else LEVELS / f"{level}.toml"
-    if not path.is_file():
+    if not _is_file(path):
         near = difflib.get_close_matches(level, level_names(), n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(level_names())}, or the path of a .toml file"
         raise UserError(f"there is no level {level}; {hint}")
     try:
-        written = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        written = tomllib.loads(path.read_text("utf-8-sig"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"level {path.name} is no TOML: {error}") from None
+    except OSError as error:
+        raise UserError(f"level {path} cannot be read: {error.strerror}") from None
     try:
-        return Level(path.stem, str(written.get("about", "")), _rules(written, size))
+        return Level(path.stem, _text(written, "about"), _rules(written, size))
     except _Mistake as error:
         raise UserError(f"level {path.name}: {error}") from None
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False
+
+
 class _Mistake(Exception):
     """What is wrong with a level."""
+
+
+def _text(written: Mapping[str, Any], key: str) -> str:
+    value = written.get(key, "")
+    if not isinstance(value, str):
+        raise _Mistake(f"{key} must be text in quotes, got {value}")
+    return value
+
+
+def _table(value: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise _Mistake(f"{where} must be a table, got {value}")
+    return value
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _rules(written: Mapping[str, Any], size: int | None) -> Rules:
@@ -101,18 +128,21 @@ def _rules(written: Mapping[str, Any], size: int | None) -> Rules:
     if unknown:
         raise _Mistake(f"unknown key {unknown[0]}; there are {', '.join(sorted(KEYS))}")
     seconds = written.get("seconds")
-    if not isinstance(seconds, int | float) or not 0 < seconds <= 36_000:
-        raise _Mistake(f"seconds must be a number above 0 and at most 36,000, got {seconds}")
+    if not _is_number(seconds) or not 1 / FRAMES_PER_SECOND <= seconds <= 36_000:
+        raise _Mistake(f"seconds must be a number from 1/{FRAMES_PER_SECOND}, a frame, to 36,000, got {seconds}")
     inertia = {name: written.get(name, share) for name, share in INERTIA.items()}
     for name, share in inertia.items():
-        if not isinstance(share, int | float) or not 0 <= share < 1:
+        if not _is_number(share) or not 0 <= share < 1:
             raise _Mistake(f"{name} must be a number from 0 to below 1, got {share}")
-    things, maze = _things(written.get("things", {})), written.get("maze")
+    things, maze = _things(_table(written.get("things", {}), "things")), written.get("maze")
     if (maze is None) == (written.get("map") is None):
         raise _Mistake("it needs either a map or a [maze]")
     if maze is None and size is not None:
         raise _Mistake("size is for mazes, its map has one already")
-    board = _board(written, things) if maze is None else _maze(maze, size)
+    for key in ("legend", "draws"):
+        if maze is not None and key in written:
+            raise _Mistake(f"{key} is for maps, and a maze has none")
+    board = _board(written, things) if maze is None else _maze(_table(maze, "maze"), size)
     slots, draws = _draws(written.get("draws", []), board, things) if maze is None else ([], [])
     kinds, homes = [kind for kind, _ in board.fixed], [home for _, home in board.fixed]
     for name, settings in things.items():
@@ -125,9 +155,14 @@ def _rules(written: Mapping[str, Any], size: int | None) -> Rules:
         homes.append((row, column))
     if len(kinds) > MOST_THINGS:
         raise _Mistake(f"{len(kinds)} things are more than {MOST_THINGS}")
-    scattered = sum(settings["count"] for settings in things.values())
-    if scattered and scattered >= board.roomy.sum():
-        raise _Mistake(f"{scattered} things at random places need more floor marked '.' than {int(board.roomy.sum())} cells")
+    elsewhere = {THINGS.index(name) for name, settings in things.items() if settings["then"] == "elsewhere"}
+    drawn = max((sum(-value - 1 in elsewhere for value in alternative) for alternative in draws), default=0)
+    scattered = sum(settings["count"] for settings in things.values()) + sum(kind in elsewhere for kind, _ in board.fixed) + drawn
+    rows, columns = board.base.shape
+    floor = int(board.roomy.sum()) if maze is None else 2 * (rows // 2) * (columns // 2) - 1  # of a perfect maze
+    if scattered and scattered >= floor:
+        marked = " marked '.'" if maze is None else ""
+        raise _Mistake(f"{scattered} things at random places need more floor{marked} than {floor} cells")
     if maze is None:
         reached = set().union(*(_check_reach(board, slots, alternative) for alternative in draws or [[]]))
         _fill(board.base, reached | set(slots))
@@ -165,25 +200,25 @@ def _things(written: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     for name, settings in written.items():
         if name not in THINGS:
             raise _Mistake(f"there is no thing {name}; there are {', '.join(THINGS)}")
-        unknown = sorted(set(settings) - {"reward", "then", "count"})
+        unknown = sorted(set(_table(settings, f"things.{name}")) - {"reward", "then", "count"})
         if unknown:
             raise _Mistake(f"things.{name} has no {unknown[0]}; it has reward, then and count")
         reward, then, count = settings.get("reward"), settings.get("then", "gone"), settings.get("count", 0)
-        if not isinstance(reward, int | float) or not math.isfinite(reward):
-            raise _Mistake(f"things.{name}.reward must be a number, got {reward}")
+        if not _is_number(reward) or not abs(reward) <= MOST_REWARD:
+            raise _Mistake(f"things.{name}.reward must be a number of at most {MOST_REWARD:,} in size, got {reward}")
         if then not in THEN:
             raise _Mistake(f"things.{name}.then is one of {', '.join(THEN)}, got {then}")
-        if not isinstance(count, int) or not 0 <= count <= MOST_THINGS:
+        if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= MOST_THINGS:
             raise _Mistake(f"things.{name}.count must lie in 0..{MOST_THINGS}, got {count}")
         found[name] = {"reward": float(reward), "then": then, "count": count}
     return found
 
 
 def _board(written: Mapping[str, Any], things: Mapping[str, Any]) -> _Board:
-    lines = str(written["map"]).strip("\n").splitlines()
+    lines = _text(written, "map").strip("\n").splitlines()
     rows, columns = len(lines), max((len(line) for line in lines), default=0)
     _check_size(rows, columns)
-    legend = {"#": "brick"} | dict(written.get("legend", {}))
+    legend = {"#": "brick", **_table(written.get("legend", {}), "legend")}
     for letter, meaning in legend.items():
         if len(letter) != 1 or letter in FLOORS or letter in STARTS:
             raise _Mistake(f"the legend explains single characters other than {FLOORS}{''.join(STARTS)}, got {letter!r}")
@@ -225,7 +260,9 @@ def _maze(maze: Mapping[str, Any], size: int | None) -> _Board:
 
 
 def _draws(written: list[Mapping[str, str]], board: _Board, things: Mapping[str, Any]) -> tuple[list[tuple[int, int]], list[list[int]]]:
-    letters = sorted({letter for alternative in written for letter in alternative})
+    if not isinstance(written, list):
+        raise _Mistake(f"draws must be a list of tables, got {written}")
+    letters = sorted(set().union(*(_table(one, f"alternative {number} of draws") for number, one in enumerate(written, 1))))
     for letter in sorted(set(board.letters) - set(letters)):
         raise _Mistake(f"the map's character {letter!r} stands neither in the legend nor in draws")
     for letter in letters:
@@ -248,7 +285,7 @@ def _draws(written: list[Mapping[str, str]], board: _Board, things: Mapping[str,
 
 
 def _check_meaning(meaning: object, things: Mapping[str, Any], where: str, floor: bool) -> None:
-    if meaning in things or meaning in LOOKS or (floor and meaning == "floor"):
+    if isinstance(meaning, str) and (meaning in things or meaning in LOOKS or (floor and meaning == "floor")):
         return
     if meaning in THINGS:
         raise _Mistake(f"{where} is a {meaning}, which has no [things.{meaning}] with its reward")
@@ -257,7 +294,7 @@ def _check_meaning(meaning: object, things: Mapping[str, Any], where: str, floor
 
 def _fill(base: np.ndarray, kept: set[tuple[int, int]]) -> None:
     """Makes walls, of the commonest look, of floor that nobody can reach: the corners of a map around its rooms."""
-    common = np.bincount(base[base > 0]).argmax()
+    common = 1 + np.bincount(base.ravel(), minlength=2)[1:].argmax()
     for row, column in np.argwhere(base == 0):
         if (row, column) not in kept:
             base[row, column] = common
@@ -273,6 +310,8 @@ def _check_reach(board: _Board, slots: list[tuple[int, int]], alternative: list[
             goals.add((row, column))
     everywhere: set[tuple[int, int]] = set()
     for x, y, _ in board.starts:
+        if (int(y), int(x)) in everywhere:
+            continue
         reached, ahead = set[tuple[int, int]](), [(int(y), int(x))]
         while ahead:
             row, column = place = ahead.pop()

@@ -8,6 +8,8 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 
+from envs.api import UserError
+from envs.labyrinth.gym import LabyrinthEnv
 from envs.labyrinth.level import level_names
 from envs.labyrinth.registration import register_levels
 
@@ -52,6 +54,22 @@ def test_an_episode_ends_as_the_task_does_and_one_lane_is_the_first_of_many():
         assert np.array_equal(view, infos["final_obs"][0] if t == 900 else views[0])
     assert infos["_final_obs"].all()
     assert not np.array_equal(infos["final_obs"][0], views[0])
+    many.close()
+
+
+def test_what_is_no_action_or_mode_is_refused():
+    single = gymnasium.make("reverie/Forage-v0", height=8, width=8).unwrapped
+    many = gymnasium.make_vec("reverie/Forage-v0", num_envs=2, height=8, width=8)
+    single.reset(seed=0)
+    many.reset(seed=0)
+    for action in (8, -1, 1.7, "2", None):
+        with pytest.raises(ValueError, match="a whole number from 0 to 7"):
+            single.step(action)
+    for actions in ([0.5, 1.5], [0, 8], [0], ["0", "1"], [0, None]):
+        with pytest.raises(ValueError, match="actions"):
+            many.step(actions)
+    with pytest.raises(UserError, match="render_mode is rgb_array or None, got ansi"):
+        LabyrinthEnv("ansi")
     many.close()
 
 
