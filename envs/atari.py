@@ -17,7 +17,6 @@ from ale_py import roms
 from torch import Tensor
 
 from envs.api import Spec, Step, UserError, check_actions, first_step
-from envs.area import shrink
 from envs.cpus import usable_cpus
 from envs.protocols import Protocol
 from envs.seeds import lane_seed
@@ -395,5 +394,7 @@ class Emulator:
 
     def _obs(self) -> np.ndarray:
         channels, height, width = self.spec.obs_shape
+        from envs.area import shrink  # numba takes a while to import
+
         small = shrink(np.maximum(*self._pool), height, width)
         return small[None] if channels == 1 else np.ascontiguousarray(small.transpose(2, 0, 1))
