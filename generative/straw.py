@@ -62,7 +62,7 @@ class Straw(nn.Module):
         noise: bool = True,
         kl_cost: float = 1e-4,
         replan_cost: float = 1e-2,
-        largest_logit: float = 3.0,
+        largest_logit: float = 10.0,
     ) -> None:
         super().__init__()
         for name, count, most in (("plan_steps", plan_steps, MOST_STEPS), ("filters", filters, MOST_FILTERS)):

@@ -16,7 +16,7 @@ ACTIONS, STEPS, FILTERS, FEATURES = 3, 6, 4, 5
 
 
 def straw(features: int = FEATURES, **knobs) -> Straw:
-    small = {"plan_steps": STEPS, "filters": FILTERS, "hidden": 7}
+    small = {"plan_steps": STEPS, "filters": FILTERS, "hidden": 7, "largest_logit": 3.0}
     planner = Straw((1, 8, 8), ACTIONS, CPU, **small | knobs)
     planner.connect(features)
     return planner
