@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,15 @@ def run(cfg: DictConfig) -> int:
         from lab import macro_actions
 
         macro_actions.check_settings(bench)
+    folder.mkdir(parents=True, exist_ok=True)  # refused here, not run by run
     failed = _train_all(planned, str(cfg.device))
     finished: dict[str, list[Path]] = {one.label: [] for one in planned}
     for one in planned:
         if one.finished():
             finished[one.label].append(one.folder)
     if not any(finished.values()):
+        with suppress(OSError):
+            folder.rmdir()  # where no run left anything
         why = ", ".join(dict.fromkeys(failed)) or "none was evaluated at its end"
         print(f"error: no run finished: {why}", file=sys.stderr)
         return 1

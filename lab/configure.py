@@ -28,6 +28,7 @@ PATHS = ("runs_dir", "run_name", "data", "run", "fit.path")
 MOST = 2**48  # of any count
 MOST_LANES = 65_536
 NO_MEMORY = re.compile(r"allocate|out of memory|ALLOC_FAILED|overflow", re.IGNORECASE)  # as torch says it
+OF_RUNS = ("frames", "frames_per_iteration", "checkpoint_frames", "num_envs", "seed", "run_name", "record_actions")
 MODEL_JOBS = ("encoder", "density", "simulator", "planner")
 
 
@@ -42,6 +43,9 @@ def compose(words: list[str], configs: Path = CONFIGS) -> DictConfig:
     for group in ("job", "agent", "env", "model", "protocol", "bench", "bonus", *MODEL_JOBS):
         if (group in typed and not re.fullmatch(r"[A-Za-z]\w*", typed[group])) or typed.get(group) == "null":
             raise UserError(f"{group}={typed[group]} is no name; python launch.py --help lists the options")
+    for key in OF_RUNS:
+        if typed.get("job") == "bench" and key in typed:
+            raise UserError(f"{key}={typed[key]} says nothing to a bench: its runs are told in bench.common, bench.runs and bench.seeds")
     words = [_quoted(key, value) for key, value in typed.items()]
     if typed.get("resume", "null") != "null":
         return _resumed(typed)

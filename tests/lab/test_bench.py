@@ -1,5 +1,6 @@
 import pytest
 
+import launch
 from envs.api import UserError
 from lab.bench import draw, run, table
 from lab.configure import compose
@@ -44,3 +45,17 @@ def test_bad_keys_are_refused_before_anything_runs(tmp_path, word):
     with pytest.raises(UserError, match=r"bench\.panels is game or setting"):
         run(compose(["job=bench", "bench=deceptive", f"runs_dir={tmp_path}", word]))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("word", ["frames=640", "seed=1", "num_envs=2"])
+def test_words_that_are_for_its_runs_are_refused(tmp_path, capsys, word):
+    assert launch.main(["job=bench", "bench=mazes", f"runs_dir={tmp_path}", word]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {word} says nothing to a bench")
+
+
+def test_a_folder_that_cannot_be_made_is_told_once(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert launch.main(["job=bench", "bench=demo", f"runs_dir={tmp_path / 'file'}"]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert "bench-demo: Not a directory" in line
