@@ -24,7 +24,7 @@ from envs.api import UserError
 from lab.folder import CONFIGS, RESUMABLE_KEYS, as_word, find_folder, parse_yaml, read_config
 
 WANDB_MODES = ("auto", "online", "offline", "off")
-PATHS = ("runs_dir", "run_name", "data", "run", "fit.path")
+PATHS = ("runs_dir", "run_name", "data", "run", "fit.path", "env.level")
 MOST = 2**48  # of any count
 MOST_LANES = 65_536
 NO_MEMORY = re.compile(r"allocate|out of memory|ALLOC_FAILED|overflow", re.IGNORECASE)  # as torch says it

@@ -69,6 +69,7 @@ class Threads:
     ) -> None:
         self._rules, self._lanes, self._shape = rules, empty_lanes(rules, num_envs), (num_envs, *shape)
         seen = np.zeros((num_envs, len(rules.kinds) + 1, 4), np.float32)
+        np.empty(self._shape, np.uint8)  # MemoryError now, before anything is played or written
         self._look = seen, focal, raycast.floor_depths(shape[0], focal), *pictures
         self._everyone = np.ones(num_envs, np.uint8)
         self._pool = ThreadPoolExecutor(num_threads, "labyrinth")

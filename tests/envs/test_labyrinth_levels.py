@@ -6,10 +6,12 @@ import time
 import pytest
 from small_levels import NAMES, ROOM, written
 
+import launch
 from envs.api import UserError
 from envs.labyrinth import level
 from envs.labyrinth.level import level_names, load_level
 from envs.labyrinth.world import Labyrinth
+from lab.configure import compose
 
 APPLE = "[legend]\nA = 'apple'\n[things.apple]\nreward = 1"
 
@@ -133,3 +135,18 @@ def test_a_level_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(level.Path, "read_text", refuse)
     with pytest.raises(UserError, match=r"mine\.toml cannot be read: Permission denied"):
         written(tmp_path, ROOM)
+
+
+@pytest.mark.parametrize("name", ["josé (1)", "a=b", "with space", "a,b", "~"])
+def test_a_level_may_lie_where_people_put_it(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    written(folder, ROOM)
+    assert load_level(compose(["env=Forage", f"env.level={folder / 'mine.toml'}"]).env.level).name == "mine"
+
+
+def test_pictures_beyond_memory_are_refused_before_anything_is_written(tmp_path, capsys):
+    words = ["env=NavMaze", "agent=random", "env.height=1024", "env.width=1024", "num_envs=65536"]
+    assert launch.main([*words, f"runs_dir={tmp_path / 'runs'}"]) == 2
+    assert "env does not fit into memory" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
