@@ -14,7 +14,7 @@ from generative.api import PlanStep
 EVIDENCE = 40.0  # e: what the commitment-plan's filter writes; summed over the columns it stays 40
 LARGEST_LOG = 10.0  # of a stride or a variance; beyond it float32 would overflow
 LEAST_LOG_VARIANCE = -2.0  # a filter of one column; the gradients of narrower ones between two columns explode over the steps of a rollout
-MOST_STEPS, MOST_FILTERS = 10_000, 100
+MOST_STEPS, MOST_FILTERS, MOST_COST = 10_000, 100, 1_000_000
 
 
 class Straw(nn.Module):
@@ -73,8 +73,8 @@ class Straw(nn.Module):
         if not 0 < largest_logit < math.inf:
             raise UserError(f"planner.largest_logit must be above 0, got {largest_logit}")
         for name, cost in (("kl_cost", kl_cost), ("replan_cost", replan_cost)):
-            if not 0 <= cost < math.inf:
-                raise UserError(f"planner.{name} must be 0 or more, got {cost}")
+            if not 0 <= cost <= MOST_COST:
+                raise UserError(f"planner.{name} must be from 0 to {MOST_COST:,}, got {cost}")
         self.obs_shape, self.num_actions, self.plan_steps, self.filters = obs_shape, num_actions, plan_steps, filters
         self.hidden, self.noise, self.kl_cost, self.replan_cost, self.largest_logit = hidden, noise, kl_cost, replan_cost, largest_logit
         self.second = nn.Linear(hidden, hidden)

@@ -87,7 +87,7 @@ def refused(capsys, *words: str) -> str:
         (["env=Catch", "agent=a3c", "planner=straw", "agent.recurrent=lstm"], "agent.recurrent=lstm"),
         (["env=Catch", "agent=a3c", "planner=straw", "planner.filters=0"], "planner.filters must be from 1 to 100, got 0"),
         (["env=Catch", "agent=a3c", "planner=straw", "planner.plan_steps=1e6"], "planner.plan_steps must be from 1 to 10,000"),
-        (["env=Catch", "agent=a3c", "planner=straw", "planner.replan_cost=-1"], "planner.replan_cost must be 0 or more, got -1"),
+        (["env=Catch", "agent=a3c", "planner=straw", "planner.replan_cost=-1"], "planner.replan_cost must be from 0 to 1,000,000, got -1"),
         (["env=Catch", "agent=a3c", "planner=straw", "planner.hidden=1_000_000_000_000"], "planner does not fit into memory"),
         (["env=Catch", "encoder=vae", "encoder.latents=0"], "latents"),
         (["env=Catch", "encoder=vae", "encoder.architecture=big"], "architecture"),
