@@ -77,7 +77,7 @@ def rivals(name: str, seed: int, knobs: dict[str, Any]) -> int | None:
 
     from envs.toy import Catch
 
-    class Worn(VecEnv):  # type: ignore[misc]
+    class Worn(VecEnv):
         """Our Catch as a VecEnv."""
 
         def __init__(self) -> None:
@@ -117,7 +117,7 @@ def rivals(name: str, seed: int, knobs: dict[str, Any]) -> int | None:
         def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
             return [False] * self.num_envs
 
-    class Until(BaseCallback):  # type: ignore[misc]
+    class Until(BaseCallback):
         """Ends training at the score."""
 
         def __init__(self) -> None:
