@@ -171,6 +171,7 @@ def test_killed_before_the_first_checkpoint_starts_anew(tmp_path, capsys):
 
 KILLED = [
     pytest.param([], 20, id="episodic_control"),
+    *(pytest.param(LEARNERS[name], 6, id=name) for name in ("neural_episodic_control", "a3c-straw")),
     *(pytest.param(LEARNERS[name], 10, id=name, marks=pytest.mark.slow) for name in ("a3c_plus-cts", "dqn-pixelcnn-eta", "a3c_plus-rnd")),
 ]
 
