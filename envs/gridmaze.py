@@ -48,17 +48,18 @@ class Lanes(NamedTuple):
 class GridMaze:
     """A new random maze for every episode; the agent walks to the goal, which gives reward 1 and ends the episode.
 
-    Rooms are the cells of odd row and column. Corridors that depth-first search carves between them join any two by exactly one way (a
-    perfect maze), unless `openings` makes loops. Agent and goal begin in two different random rooms, at least two steps apart. Actions go a
-    cell up, down, left or right; walls hold. Every step costs `step_cost`, the last one too. At the time limit an episode is cut with
-    discount 1. Optimal: the shortest way. Sizes, rewards and limits are ours: the paper's could not be confirmed.
+    Rooms are cells in a square lattice, `room_steps` apart: with 2 those of odd row and column. Corridors that depth-first search carves
+    between them join any two by exactly one way (a perfect maze), unless `openings` makes loops. Agent and goal begin in two different
+    random rooms. Actions go a cell up, down, left or right; walls hold. Every step costs `step_cost`, the last one too. At the time limit
+    an episode is cut with discount 1. Optimal: the shortest way. Sizes, rewards and limits are ours: the paper's could not be confirmed.
 
     The default picture is 44x44: one 4x4 patch of the agents' large torso is one cell. With pixels_per_cell=1 the small torso sees 11x11.
 
     Args:
         num_envs: N, lanes.
         device: where tensors lie.
-        size: S, rows and columns with the walls around, odd.
+        size: S, rows and columns with the walls around: room_steps (R - 1) + 3, of R^2 rooms, R at least 2.
+        room_steps: steps from a room to the next, 2 or more. Longer corridors leave fewer rooms, so fewer choices, in as large a picture.
         openings: the chance that a wall between two neighbouring rooms is open although the perfect maze has it closed.
         step_cost: what every step costs.
         goal_moves: the chance, after every step that did not reach it, that the goal jumps to another random room.
@@ -74,6 +75,7 @@ class GridMaze:
         num_envs: int,
         device: torch.device | str,
         size: int = 11,
+        room_steps: int = 2,
         openings: float = 0.0,
         step_cost: float = 0.01,
         goal_moves: float = 0.0,
@@ -83,14 +85,19 @@ class GridMaze:
     ) -> None:
         if num_envs < 1:
             raise UserError(f"num_envs must be at least 1, got {num_envs}")
-        if size % 2 == 0 or not LEAST_SIZE <= size <= MOST_SIZE:
-            raise UserError(f"GridMaze: size must be odd and lie in {LEAST_SIZE}..{MOST_SIZE}, got {size}")
+        if not LEAST_SIZE <= size <= MOST_SIZE:
+            raise UserError(f"GridMaze: size must lie in {LEAST_SIZE}..{MOST_SIZE}, got {size}")
+        if not 2 <= room_steps <= size - 3:
+            raise UserError(f"GridMaze: room_steps must lie in 2..{size - 3} for size {size}, got {room_steps}")
+        if (size - 3) % room_steps:
+            fit = size - (size - 3) % room_steps
+            raise UserError(f"GridMaze: size must be 3 more than a multiple of room_steps, {room_steps}, such as {fit}, got {size}")
         for name, chance in (("openings", openings), ("goal_moves", goal_moves)):
             if not 0 <= chance <= 1:
                 raise UserError(f"GridMaze: {name} is a chance and must lie in 0..1, got {chance}")
         if not 0 <= step_cost < math.inf:
             raise UserError(f"GridMaze: step_cost must be 0 or more, and finite, got {step_cost}")
-        longest = 2 * (size // 2) ** 2 - 2  # through every room
+        longest = room_steps * (((size - 3) // room_steps + 1) ** 2 - 1)  # through every room
         self._limit = 2 * size * size if max_steps is None else max_steps
         if self._limit < 0 or 0 < self._limit < longest:
             raise UserError(f"GridMaze: max_steps must be 0 (no limit) or, for size {size}, at least {longest}, got {max_steps}")
@@ -98,7 +105,7 @@ class GridMaze:
             raise UserError(f"GridMaze: colours is one of {', '.join(PALETTES)}, got {colours}")
         if not 1 <= pixels_per_cell <= MOST_PIXELS // size:
             raise UserError(f"GridMaze: pixels_per_cell must lie in 1..{MOST_PIXELS // size} for size {size}, got {pixels_per_cell}")
-        self.num_envs, self.size, self.step_cost = num_envs, size, float(step_cost)
+        self.num_envs, self.size, self.step_cost, self._room_steps = num_envs, size, float(step_cost), room_steps
         self._openings, self._goal_moves = round(openings * SURE), round(goal_moves * SURE)
         self._palette = np.array(PALETTES[colours], np.uint8)
         edge = size * pixels_per_cell
@@ -126,7 +133,7 @@ class GridMaze:
             dice=np.array([lane_seed(seed, lane) for lane in range(count)], np.uint64),
         )
         everyone = np.ones(count, np.bool_)
-        _open_lanes(self._lanes, everyone, self._openings)
+        _open_lanes(self._lanes, everyone, self._room_steps, self._openings)
         (obs,) = self._transfer(self._draw(everyone))
         return first_step(obs)
 
@@ -144,13 +151,13 @@ class GridMaze:
             raise RuntimeError("recv comes after send")
         action, self._action = self._action, None
         reward, terminated, last = (np.empty(self.num_envs, dtype) for dtype in (np.float32, np.bool_, np.bool_))
-        _step_lanes(self._lanes, action, self.step_cost, self._goal_moves, self._limit, reward, terminated, last)
+        _step_lanes(self._lanes, action, self._room_steps, self.step_cost, self._goal_moves, self._limit, reward, terminated, last)
         discount = 1 - terminated.astype(np.float32)
         seen = self._draw(np.ones(self.num_envs, np.bool_))
         if not last.any():
             obs, *rest = self._transfer(seen, reward, discount, last)
             return Step(obs, rest[0], rest[1], rest[2], obs)
-        _open_lanes(self._lanes, last, self._openings)
+        _open_lanes(self._lanes, last, self._room_steps, self._openings)
         return Step(*self._transfer(self._draw(last, seen.copy()), reward, discount, last, seen))
 
     def step(self, action: Tensor) -> Step:
@@ -198,40 +205,57 @@ _roll, _carve = make_functions(njit(error_model="numpy"))
 
 
 @njit(cache=True)
-def _room(number, side):
+def _rooms(size, room_steps):
+    """How many rooms stand side by side."""
+    return (size - 3) // room_steps + 1
+
+
+@njit(cache=True)
+def _room(number, side, room_steps):
     """Row and column of a room, of side * side."""
-    return 1 + 2 * (number // side), 1 + 2 * (number % side)
+    return 1 + room_steps * (number // side), 1 + room_steps * (number % side)
 
 
 @njit(cache=True)
-def _make_maze(grid, dice, n, openings):
+def _make_maze(grid, dice, n, room_steps, openings):
     """A random maze; of the walls between two rooms, each opens where a roll lies below `openings`."""
-    size = grid.shape[0]
-    _carve(grid, dice, n)
-    for row in range(size):
-        for column in range(size):
-            if grid[row, column] == SOLID:
-                inside = 0 < row < size - 1 and 0 < column < size - 1 and (row + column) % 2 == 1
-                grid[row, column] = FLOOR if inside and _roll(dice, n, SURE) < openings else WALL
+    least = 2 * _rooms(grid.shape[0], room_steps) + 1  # the same maze with a cell a corridor
+    plan = np.empty((least, least), np.uint8)
+    _carve(plan, dice, n)
+    for row in range(least):
+        for column in range(least):
+            if plan[row, column] == SOLID:
+                inside = 0 < row < least - 1 and 0 < column < least - 1 and (row + column) % 2 == 1
+                plan[row, column] = FLOOR if inside and _roll(dice, n, SURE) < openings else WALL
+    for row in range(grid.shape[0]):
+        for column in range(grid.shape[1]):
+            grid[row, column] = plan[_place(row, room_steps), _place(column, room_steps)]
 
 
 @njit(cache=True)
-def _open_lanes(lanes, which, openings):
+def _place(row, room_steps):
+    """The row, or column, of a maze with a cell a corridor that becomes `row` of one with longer corridors."""
+    room, beyond = (row - 1) // room_steps, (row - 1) % room_steps
+    return 2 * room + 1 + (beyond > 0)
+
+
+@njit(cache=True)
+def _open_lanes(lanes, which, room_steps, openings):
     """Begins an episode in the lanes where which bool (N)."""
-    side = lanes.grid.shape[1] // 2
+    side = _rooms(lanes.grid.shape[1], room_steps)
     for n in range(which.shape[0]):
         if which[n]:
-            _make_maze(lanes.grid[n], lanes.dice, n, openings)
+            _make_maze(lanes.grid[n], lanes.dice, n, room_steps, openings)
             start, goal = _roll(lanes.dice, n, side * side), _roll(lanes.dice, n, side * side - 1)
-            lanes.agent[n] = _room(start, side)
-            lanes.goal[n] = _room(goal + (goal >= start), side)
+            lanes.agent[n] = _room(start, side, room_steps)
+            lanes.goal[n] = _room(goal + (goal >= start), side, room_steps)
             lanes.clock[n] = 0
 
 
 @njit(cache=True)
-def _step_lanes(lanes, actions, step_cost, goal_moves, limit, reward, terminated, last):
+def _step_lanes(lanes, actions, room_steps, step_cost, goal_moves, limit, reward, terminated, last):
     """Plays a step of all lanes by actions int64 (N); writes reward float32 (N), terminated and last bool (N)."""
-    side = lanes.grid.shape[1] // 2
+    side = _rooms(lanes.grid.shape[1], room_steps)
     for n in range(actions.shape[0]):
         agent, goal = lanes.agent[n], lanes.goal[n]
         row, column = agent[0] + DOWN[actions[n]], agent[1] + RIGHT[actions[n]]
@@ -243,7 +267,7 @@ def _step_lanes(lanes, actions, step_cost, goal_moves, limit, reward, terminated
         reward[n] = (1.0 if terminated[n] else 0.0) - step_cost
         if goal_moves > 0 and not terminated[n] and _roll(lanes.dice, n, SURE) < goal_moves:
             while True:
-                row, column = _room(_roll(lanes.dice, n, side * side), side)
+                row, column = _room(_roll(lanes.dice, n, side * side), side, room_steps)
                 if (row != agent[0] or column != agent[1]) and (row != goal[0] or column != goal[1]):
                     break
             goal[0], goal[1] = row, column

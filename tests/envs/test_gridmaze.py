@@ -51,19 +51,35 @@ def cells_of(env: GridMaze, picture: torch.Tensor, colours: str) -> np.ndarray:
 # Mazes
 
 
-@pytest.mark.parametrize("size", [5, 7, 11, 31, 99])
-def test_a_perfect_maze_is_a_tree_over_its_rooms(size):
-    env = GridMaze(8, "cpu", size=size, pixels_per_cell=1)
+@pytest.mark.parametrize(
+    ("size", "room_steps", "side"),
+    [(5, 2, 2), (7, 2, 3), (11, 2, 5), (31, 2, 15), (99, 2, 49), (9, 3, 3), (11, 4, 3), (11, 8, 2), (43, 5, 9)],
+)
+def test_a_perfect_maze_is_a_tree_over_its_rooms(size, room_steps, side):
+    env = GridMaze(8, "cpu", size=size, room_steps=room_steps, pixels_per_cell=1)
     env.reset(0)
-    rooms = (size // 2) ** 2
+    rooms = side**2
     for lane in range(8):
         floor = env.lanes.grid[lane] == FLOOR
         assert floor[1:-1, 1:-1].sum() == floor.sum()  # the border is closed
-        assert floor[1::2, 1::2].all()
-        assert not floor[::2, ::2].any()
-        assert floor.sum() == rooms + (rooms - 1)  # every room, and an edge less than rooms: connected, it is a tree
+        assert floor[1::room_steps, 1::room_steps].sum() == rooms
+        off = np.arange(size) % room_steps != 1
+        assert not floor[np.ix_(off, off)].any()
+        assert floor.sum() == rooms + (room_steps - 1) * (rooms - 1)  # every room, and an edge less than rooms: connected, it is a tree
         assert ((env.distances(lane) >= 0) == floor).all()
-        assert env.exits(lane).sum() == 2 * (2 * rooms - 2)
+        assert env.exits(lane).sum() == 2 * (floor.sum() - 1)
+
+
+def test_longer_corridors_stretch_the_same_maze():
+    short, long = GridMaze(20, "cpu", size=9, openings=0.3), GridMaze(20, "cpu", size=18, room_steps=5, openings=0.3, pixels_per_cell=1)
+    short.reset(0)
+    long.reset(0)
+    assert np.array_equal(long.lanes.agent, 1 + (short.lanes.agent - 1) // 2 * 5)
+    assert np.array_equal(long.lanes.goal, 1 + (short.lanes.goal - 1) // 2 * 5)
+    for lane in range(20):
+        assert 2 * len(long.shortest(lane)) == 5 * len(short.shortest(lane))
+    assert np.array_equal(long.lanes.grid[:, 3::5, 1::5], short.lanes.grid[:, 2:-1:2, 1::2])
+    assert np.array_equal(long.lanes.grid[:, 1::5, 3::5], short.lanes.grid[:, 1::2, 2:-1:2])
 
 
 def test_openings_open_their_share_of_the_other_walls():
@@ -171,7 +187,7 @@ def test_time_limits(max_steps, limit):
         assert (step.discount == 1).all()
 
 
-@pytest.mark.parametrize("knobs", [{}, {"openings": 0.3}, {"size": 5}, {"size": 31, "openings": 0.1}])
+@pytest.mark.parametrize("knobs", [{}, {"openings": 0.3}, {"size": 5}, {"room_steps": 4}, {"size": 31, "openings": 0.1}])
 def test_the_shortest_way_earns_exactly_what_is_optimal(knobs):
     env = GridMaze(16, "cpu", step_cost=1 / 64, pixels_per_cell=1, **knobs)
     env.reset(3)
@@ -211,13 +227,13 @@ def test_optimal_return_is_the_fixed_point_of_bellmans_equation():
 
 
 def test_random_play_never_meets_what_cannot_be():
-    env = GridMaze(16, "cpu", size=7, openings=0.2, goal_moves=0.1, max_steps=40, pixels_per_cell=1)
+    env = GridMaze(16, "cpu", size=9, room_steps=3, openings=0.2, goal_moves=0.1, max_steps=40, pixels_per_cell=1)
     lanes = np.arange(16)
     play(env, 1)
     for _ in range(400):
         env.step(torch.randint(4, (16,)))
         assert (env.lanes.grid[lanes, *env.lanes.agent.T] == FLOOR).all()
-        assert (env.lanes.goal % 2 == 1).all()
+        assert (env.lanes.goal % 3 == 1).all()
         assert (env.lanes.agent != env.lanes.goal).any(1).all()
         assert (env.lanes.clock < 40).all()
         assert (env.optimal_return() < 1).all()
@@ -344,9 +360,13 @@ def test_order_of_calls():
     ("knobs", "words"),
     [
         ({"num_envs": 0}, "num_envs"),
-        ({"size": 3}, "size must be odd and lie in 5..99"),
-        ({"size": 10}, "odd"),
-        ({"size": 101}, "5..99"),
+        ({"size": 3}, r"size must lie in 5\.\.99"),
+        ({"size": 10}, "3 more than a multiple of room_steps, 2, such as 9, got 10"),
+        ({"size": 11, "room_steps": 3}, "3 more than a multiple of room_steps, 3, such as 9, got 11"),
+        ({"room_steps": 1}, r"room_steps must lie in 2\.\.8 for size 11, got 1"),
+        ({"room_steps": 9}, r"room_steps must lie in 2\.\.8"),
+        ({"max_steps": 31, "room_steps": 4}, "at least 32"),
+        ({"size": 101}, r"5\.\.99"),
         ({"openings": -0.1}, "openings is a chance"),
         ({"openings": float("nan")}, "openings is a chance"),
         ({"goal_moves": 1.5}, "goal_moves is a chance"),
