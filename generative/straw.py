@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from envs.api import UserError
 from generative.api import PlanStep
 
 EVIDENCE = 40.0  # e: what the commitment-plan's filter writes; summed over the columns it stays 40
+FIRST_BIAS = -1.0  # b at first: away from the filter, a step in four plans anew
 LARGEST_LOG = 10.0  # of a stride or a variance; beyond it float32 would overflow
 LEAST_LOG_VARIANCE = -2.0  # a filter of one column; the gradients of narrower ones between two columns explode over the steps of a rollout
 MOST_STEPS, MOST_FILTERS, MOST_COST = 10_000, 100, 1_000_000
@@ -30,12 +32,14 @@ class Straw(nn.Module):
         c^t  = sigmoid(b + e F_c) where g, with one filter F_c of psi_c = linear(psi, xi) and a learned b; else rho(c^{t-1})
 
     and a step costs g kl_cost KL(N(mu, sigma) || N(0, 1)) + replan_cost c^t_1, in nats. An empty plan has A = 0 and c = (1, 0, ...), so the
-    first step plans. The gate is hard; its gradient goes straight through to c_1, also in the cost.
+    first step plans. The gate is hard; the gradient of what it opens, f_A and the KL, goes straight through to c_1.
 
     Kept from the paper: all the above, T = 500, K = 10, e = 40. Ours, where it is silent or we do not know: `hidden`, the costs, zeta of as
-    many numbers as z, ReLUs, where filters start (on the first K columns, a column apart, and c's in their midst), and what keeps long
-    rollouts from overflowing: A is bounded, and read without a gradient, and no filter's variance is below e^-2. Everything is computed in
-    the plan's dtype, float32 but in tests, whatever that of the parameters.
+    many numbers as z, ReLUs, b = -1 at first, where filters start (on the first K columns, a column apart, and c's in their midst), and
+    that F_c stays on the plan (position T sigmoid(.) - 1/2) and has a variance of a column or more (its logarithm softplus(.)): one that
+    the cost pushed off the plan has no gradient to come back by. And what keeps gradients finite over long rollouts: A is bounded, and
+    read without a gradient; that of the gate does not go through c, where its ways double with every step; and no filter's variance is
+    below e^-2. Everything is computed in the plan's dtype, float32 but in tests, whatever that of the parameters.
 
     Args:
         obs_shape: unused, every model takes it; a planner sees the agent's features.
@@ -47,8 +51,8 @@ class Straw(nn.Module):
         noise: whether zeta is sampled: STRAWe.
         kl_cost: alpha.
         replan_cost: lambda.
-        largest_logit: in nats; A is held within +- this, its gradient as if it were not. Plans that add up where they are made often would
-            grow without end, and a policy that is too sure of a mistake never learns of it.
+        largest_logit: in nats; A is held within +- this, and a gradient passes unless it pushes further out. Plans that add up where they
+            are made often would grow without end, and a policy that is too sure of a mistake never learns of it.
     """
 
     def __init__(
@@ -80,8 +84,10 @@ class Straw(nn.Module):
         self.second = nn.Linear(hidden, hidden)
         self.write = nn.Linear(hidden, num_actions * filters)  # f_A
         self.commit = nn.Linear(3 + hidden, 2)  # psi_c: one filter has no stride
-        self.bias = nn.Parameter(torch.zeros(1))  # b
-        self._start_filter(self.commit)
+        self.bias = nn.Parameter(torch.full((1,), FIRST_BIAS))  # b
+        share = min(filters, plan_steps) / (2 * plan_steps)  # of the plan, to the midst of the first K columns
+        nn.init.zeros_(self.commit.bias)
+        nn.init.constant_(self.commit.bias[:1], math.log(share / (1 - share)))
         self.to(device)
 
     def connect(self, features: int) -> None:
@@ -121,13 +127,15 @@ class Straw(nn.Module):
         xi = _linear(self.second, _linear(self.first, torch.cat([seen.flatten(1), zeta], 1)).relu()).relu()
         written = _linear(self.write, xi).unflatten(1, (self.num_actions, self.filters)) @ grid.transpose(1, 2)  # (B, A, T)
         psi_c = _linear(self.commit, torch.cat([psi, xi], 1))
-        where = gaussian_filters(psi_c[:, 0], torch.zeros_like(chance), psi_c[:, 1], 1, self.plan_steps).squeeze(2)
+        place, spread = self.plan_steps * psi_c[:, 0].sigmoid() - 0.5, functional.softplus(psi_c[:, 1])
+        where = gaussian_filters(place, torch.zeros_like(chance), spread, 1, self.plan_steps).squeeze(2)
         commitment = torch.sigmoid(self.bias.to(plan.dtype) + EVIDENCE * where)  # (B, T)
-        opened = gate.view(-1, 1, 1)
-        actions = shifted[:, :-1] + written
-        actions = actions + (actions.clamp(-self.largest_logit, self.largest_logit) - actions).detach()
-        fresh = opened * torch.cat([actions, commitment.unsqueeze(1)], 1) + (1 - opened) * shifted
-        cost = gate * self.kl_cost * divergence + self.replan_cost * fresh[:, -1, 0]
+        opened, anew = gate.view(-1, 1, 1), replanned.view(-1, 1)
+        actions = _Held.apply(shifted[:, :-1] + written, self.largest_logit)
+        acted = opened * actions + (1 - opened) * shifted[:, :-1]
+        committed = torch.where(anew, commitment, shifted[:, -1])
+        fresh = torch.cat([acted, committed.unsqueeze(1)], 1)
+        cost = gate * self.kl_cost * divergence + self.replan_cost * committed[:, 0]
         return PlanStep(fresh[:, :-1, 0], fresh, replanned, cost, noise)
 
     def required_bytes(self, steps: int) -> int:
@@ -140,6 +148,22 @@ class Straw(nn.Module):
         """The position that a filter grid starts from: such that its K centres, a column apart, begin with the first column."""
         nn.init.zeros_(layer.bias)
         nn.init.constant_(layer.bias[:1], (min(self.filters, self.plan_steps) - 1) / 2)
+
+
+class _Held(torch.autograd.Function):
+    """x within +- most. A gradient passes unless a step down it would push a value further out."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, most: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.most = most
+        return x.clamp(-most, most)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        outwards = ((x > ctx.most) & (gradient < 0)) | ((x < -ctx.most) & (gradient > 0))
+        return gradient.masked_fill(outwards, 0), None
 
 
 def time_shift(plan: Tensor) -> Tensor:

@@ -146,6 +146,19 @@ def test_plans_that_add_up_stay_bounded_and_keep_their_gradient():
     assert bool(slope[: planner.filters].any())
 
 
+def test_a_bound_holds_back_only_what_pushes_outwards():
+    planner, plan = straw(noise=False, largest_logit=3.0), scripted([1, 0, 0, 0, 0, 0], 1)
+    torch.nn.init.zeros_(planner.write.weight)
+    torch.nn.init.zeros_(planner.write.bias)  # so that the new plan is the old one, shifted and held
+    plan[0, 0, 1:4] = torch.tensor([5.0, -5.0, 1.0])
+    plan.requires_grad_()
+    new = planner.advance(torch.randn(1, FEATURES), plan).plan
+    assert new[0, 0, :3].tolist() == [3, -3, 1]
+    for sign, expected in ((1.0, [1, 0, 1]), (-1.0, [0, -1, -1])):  # a step down sign * x
+        (slope,) = torch.autograd.grad(sign * new[0, 0].sum(), plan, retain_graph=True)
+        assert slope[0, 0, 1:4].tolist() == expected
+
+
 def test_a_plan_tells_whether_it_was_made_anew():
     planner, plan = lively(straw()), torch.cat([scripted([1, 0, 0, 0, 0, 0], 1), scripted([0, 1, 1, 1, 1, 1], 1)])
     step = planner.advance(torch.randn(2, FEATURES), plan)
@@ -184,7 +197,7 @@ def plain_step(planner: Straw, z: torch.Tensor, plan: torch.Tensor, noise: torch
         for t in range(len(c)):
             row[t] = row[t] + sum(writing[a * planner.filters + k] * weights[t] for k, weights in enumerate(attention))
     psi_c = planner.commit(torch.cat([psi, xi]))
-    (where,) = grid(psi_c[0], 1.0, psi_c[1].exp(), 1)
+    (where,) = grid(len(c) / (1 + torch.exp(-psi_c[0])) - 0.5, 1.0, 1 + psi_c[1].exp(), 1)
     return moved, [torch.sigmoid(planner.bias[0] + 40 * weight) for weight in where], divergence
 
 
@@ -206,7 +219,7 @@ def test_a_step_and_its_cost_equal_plain_loops(noisy):
 
 
 def test_gradient_goes_straight_through_the_gate():
-    """dL/dc_1 of the plan before is what the gate's value is worth, whether it opened or not: dL/dplan times the two plans' difference."""
+    """dL/dc_1 of the plan before is what the gate is worth, opened or not: dL/dA times the difference of action-plans, and the KL."""
     torch.manual_seed(1)
     planner, plan = (
         lively(straw(kl_cost=0.3, replan_cost=0.7)).double(),
@@ -222,7 +235,7 @@ def test_gradient_goes_straight_through_the_gate():
             actions, c, divergence = plain_step(planner, features[b], plan[b].detach(), step.noise[b], gate)
             both.append(torch.stack([*(torch.stack(row).clamp(-3, 3) if gate else torch.stack(row) for row in actions), torch.stack(c)]))
         difference = both[1] - both[0]
-        expected = (weights[b] * difference).sum() + 0.3 * divergence + 0.7 * difference[-1, 0]
+        expected = (weights[b, :-1] * difference[:-1]).sum() + 0.3 * divergence
         torch.testing.assert_close(found[b, -1, 0], expected.detach())
 
 
@@ -284,7 +297,7 @@ def test_filters_start_on_the_first_columns_and_the_commitment_in_their_midst():
     with torch.no_grad():
         step = planner.advance(torch.randn(1, FEATURES), planner.start(1))
     assert int(step.plan[0, -1].argmax()) == 2
-    assert float(step.plan[0, -1, 40]) == 0.5  # sigmoid(b), far from the filter
+    assert float(step.plan[0, -1, 40]) == pytest.approx(1 / (1 + math.e))  # sigmoid(b), far from the filter
     assert float(step.plan[0, :-1, 20:].abs().max()) < 1e-6
 
 
