@@ -100,7 +100,8 @@ class ActorCritic:
 
     With a planner (Vezhnevets et al. 2016, arXiv 1606.04695) the logits are its own, its plan is what a lane remembers, and its cost joins
     the loss. A rollout is walked again with the draws that were noted, so gradients flow through the plans to its first step, and
-    no further; the value is read from the features, also while a plan is followed.
+    no further; the value is read from the features, also while a plan is followed. Our own is `plan_cost_frames`: an agent that pays for
+    thinking before it can tell a good plan from a bad one learns to plan late or not at all.
 
     With a bonus the reward that is learned from is the clipped one plus `bonus_scale` times the bonus of the frame that it led to
     (Bellemare et al. 2016, arXiv 1606.01868, section 5.2: A3C+); frames are absorbed in `learn`, while the emulators work.
@@ -121,6 +122,7 @@ class ActorCritic:
         bonus_scale: beta; 0.01 for A3C+.
         optimiser: see FlatOptimiser, and the four knobs that follow.
         learning_rate_frames: environment frames within which the learning rate falls to 0 in a straight line, or None for a constant one.
+        plan_cost_frames: environment frames within which what a planner's cost weighs rises from 0 to 1 in a straight line, or None for 1.
         max_gradient_norm: longer gradients are scaled down to it, or None.
         precision: auto, float32, bfloat16, or float16 (see `agents.half.fastest_torso`).
         capture: whether updates are replayed as CUDA graphs (see `agents.capture.Captured`).
@@ -147,6 +149,7 @@ class ActorCritic:
         momentum: float = 0.9,
         optimiser_epsilon: float = 1e-5,
         learning_rate_frames: int | None = None,
+        plan_cost_frames: int | None = None,
         max_gradient_norm: float | None = 0.5,
         precision: str = "auto",
         capture: bool = False,
@@ -154,7 +157,8 @@ class ActorCritic:
         for name, share in (("gamma", gamma), ("gae_lambda", gae_lambda)):
             if not 0 <= share <= 1:
                 raise UserError(f"agent.{name} must lie in [0, 1], got {share}")
-        for name, count in (("n_steps", n_steps), ("stack_frames", stack_frames), ("learning_rate_frames", learning_rate_frames)):
+        periods = {"learning_rate_frames": learning_rate_frames, "plan_cost_frames": plan_cost_frames}
+        for name, count in {"n_steps": n_steps, "stack_frames": stack_frames, **periods}.items():
             if count is not None and count < 1:
                 raise UserError(f"agent.{name} must be at least 1, got {count}")
         for name, cost in (("entropy_cost", entropy_cost), ("value_cost", value_cost), ("bonus_scale", bonus_scale)):
@@ -167,6 +171,8 @@ class ActorCritic:
             raise UserError(f"agent.recurrent is one of none, lstm, gru, got {recurrent}")
         if planner is not None and recurrent != "none":
             raise UserError(f"agent.recurrent={recurrent}: with planner= a lane remembers its plan alone; leave one of the two out")
+        if planner is None and plan_cost_frames is not None:
+            raise UserError(f"agent.plan_cost_frames={plan_cost_frames} says when plans cost; it needs planner=")
         dtype = working_dtype(precision, device)
         self.network = PolicyAndValue(spec, stack_frames, recurrent, precision, device, planner).to(device)
         kind = cast(Kind, optimiser)
@@ -176,6 +182,7 @@ class ActorCritic:
         self._gamma, self._trace = gamma, gae_lambda
         self._entropy_cost, self._value_cost, self._bonus_scale = entropy_cost, value_cost, bonus_scale
         self._reward_clip, self._max_norm, self._learning_rate_frames = reward_clip, max_gradient_norm, learning_rate_frames
+        self._plan_cost_frames, self._plan_weight = plan_cost_frames, torch.ones((), device=device)
         self._descend = captured(self._take_step, capture, device)
         self._rollout = Rollout(n_steps)
         self._fresh: list[Tensor] = []
@@ -246,7 +253,7 @@ class ActorCritic:
         loss = policy_loss + self._value_cost * value_loss - self._entropy_cost * entropy
         parts = {"train/policy_loss": policy_loss, "train/value_loss": value_loss, "train/entropy": entropy, "train/value": value.mean()}
         if course is not None:
-            loss = loss + course.cost.mean()
+            loss = loss + self._plan_weight * course.cost.mean()
             parts |= course_metrics(course)
         return loss, {name: part.detach() for name, part in parts.items()}
 
@@ -274,6 +281,8 @@ class ActorCritic:
 
     def _update(self, batch: Batch, learning_rate: float) -> dict[str, Tensor | float]:
         self.optimiser.begin(learning_rate)
+        if self._plan_cost_frames is not None:
+            self._plan_weight.fill_(linear(self.frames, 0.0, 1.0, self._plan_cost_frames))
         metrics = self._descend(self._valued(batch))
         self.optimiser.finish()
         self.network.torso.refresh()

@@ -255,6 +255,7 @@ def test_a_loss_that_is_not_finite_is_refused_and_the_last_good_state_stays():
         ("optimiser", "sgd"),
         ("learning_rate", -1.0),
         ("learning_rate_frames", 0),
+        ("plan_cost_frames", 0),
         ("decay", 1.0),
         ("optimiser_epsilon", 0.0),
         ("max_gradient_norm", 0.0),

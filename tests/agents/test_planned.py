@@ -207,6 +207,24 @@ def test_first_step_is_planned_again_with_the_present_parameters_and_the_draws_o
     assert_same_gradient(learner, learner._rollout.take(), expected)
 
 
+@pytest.mark.parametrize(("frames", "weight"), [(None, 1.0), (120, 0.25), (30, 1.0), (20, 1.0)])
+def test_what_plans_cost_weighs_more_from_update_to_update(frames, weight):
+    """30 frames were played."""
+    learner = lively(agent(planner=planner_of(replan_cost=0.7), plan_cost_frames=frames))
+    live(learner, steps_of(3, ENDS, DISCOUNTS))
+    batch = learner._rollout.take()
+    learner._update(batch, learning_rate=0.0)
+    loss, parts = learner.loss(batch)
+    rest = parts["train/policy_loss"] + 0.5 * parts["train/value_loss"] - 0.01 * parts["train/entropy"]
+    assert float(parts["train/plan_cost"]) > 0.01
+    torch.testing.assert_close(loss.detach() - rest, weight * parts["train/plan_cost"])
+
+
+def test_a_time_for_costs_without_a_planner_is_refused():
+    with pytest.raises(UserError, match=r"^agent\.plan_cost_frames=60 .* planner=$"):
+        ActorCritic(SPEC, CPU, plan_cost_frames=60)
+
+
 def test_learning_draws_nothing():
     learner = agent()
     live(learner, steps_of(3, ENDS, DISCOUNTS))

@@ -29,7 +29,7 @@ NEC = ["agent=neural_episodic_control", "agent.learning_starts_frames=64", "agen
 LEARNERS = {
     "a3c": ["agent=a3c"],
     "a3c-lstm": ["agent=a3c", "agent.recurrent=lstm", "agent.learning_rate_frames=3200"],
-    "a3c-straw": ["agent=a3c", "planner=straw", "planner.plan_steps=12"],
+    "a3c-straw": ["agent=a3c", "planner=straw", "planner.plan_steps=12", "agent.plan_cost_frames=1200"],
     "a3c_plus-cts": ["agent=a3c_plus"],
     "a3c_plus-rnd": ["agent=a3c_plus", "bonus=rnd"],
     "dqn": DQN,
