@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     given, rows = (arguments.turns, arguments.seconds), []
     print(f"{'world':20s} {'lanes':>6s} {'views/s':>10s}  range")
     settings = [(level, lanes) for level in arguments.levels for lanes in arguments.num_envs]
-    measured = [lambda one=one: measure(*one, *given, torch.device(arguments.device)) for one in settings]
+    measured = [partial(measure, *one, *given, torch.device(arguments.device)) for one in settings]
     if arguments.rival_python:
-        measured += [lambda name=name: measure_rival(name, arguments.rival_python, *given) for name in RIVALS]
+        measured += [partial(measure_rival, name, arguments.rival_python, *given) for name in RIVALS]
     for take in measured:
         row = take()
         rows.append(row)

@@ -12,18 +12,21 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 
 import generative.nets
 import generative.vae
+from generative.api import Encoder
 from generative.data import FrameMemory
 from generative.fit import Fitter
 from generative.projection import RandomProjection
 from generative.vae import VAE
 
 OBS_SHAPE = (1, 84, 84)
-MODELS = {"small": {}, "mfec": {"architecture": "mfec", "likelihood": "gaussian"}}
+MODELS: dict[str, dict[str, Any]] = {"small": {}, "mfec": {"architecture": "mfec", "likelihood": "gaussian"}}
 
 
 def contiguous(frames: torch.Tensor) -> torch.Tensor:
@@ -52,7 +55,7 @@ def update_modes(device: torch.device, batch_size: int) -> dict[str, Callable[[]
                 fitter = Fitter(model, frames, batch_size=batch_size, precision=precision)
 
                 def update(fitter: Fitter = fitter, normalise: Callable[[torch.Tensor], torch.Tensor] = normalise) -> object:
-                    generative.vae.normalise = normalise
+                    generative.vae.normalise = normalise  # type: ignore[assignment]
                     return fitter.step(fitter.frames.sample(fitter.batch_size))
 
                 modes[f"{name} {precision} {layout}"] = update
@@ -62,9 +65,9 @@ def update_modes(device: torch.device, batch_size: int) -> dict[str, Callable[[]
 def encode_modes(device: torch.device, batch_size: int) -> dict[str, Callable[[], object]]:
     """Name -> one call of `encode` on `batch_size` frames."""
     frames = torch.randint(0, 256, (batch_size, *OBS_SHAPE)).to(torch.uint8)
-    encoders = {"random_projection": RandomProjection(OBS_SHAPE, 6, device)}
+    encoders: dict[str, Encoder] = {"random_projection": RandomProjection(OBS_SHAPE, 6, device)}
     encoders |= {name: VAE(OBS_SHAPE, 6, device, **knobs) for name, knobs in MODELS.items()}
-    return {name: lambda encoder=encoder: encoder.encode(frames) for name, encoder in encoders.items()}
+    return {name: partial(encoder.encode, frames) for name, encoder in encoders.items()}
 
 
 def median_seconds(modes: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:

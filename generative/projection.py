@@ -29,7 +29,7 @@ class RandomProjection(nn.Module):
         super().__init__()
         if features < 1:
             raise UserError(f"features must be at least 1, got {features}")
-        self.obs_shape = tuple(obs_shape)
+        self.obs_shape = obs_shape
         self.features = features
         self.register_buffer("matrix", torch.randn(math.prod(obs_shape), features).to(device))
 
