@@ -90,7 +90,7 @@ AGENTS = {
     "dqn, mixed Monte Carlo": (dqn, {"eta": 0.1, "double": False, "dueling": True, "optimiser": "adam", "max_gradient_norm": 1.0}),
     "dqn, bfloat16": (dqn, {"precision": "bfloat16"}),
     "a3c": (actor_critic, {"learning_rate_frames": 4000}),
-    "a3c, planner": (planned, {"n_steps": 3}),
+    "a3c, planner": (planned, {"n_steps": 3, "plan_cost_frames": 2000}),
     "a3c, lstm": (actor_critic, {"recurrent": "lstm", "gae_lambda": 0.9, "optimiser": "adam"}),
 }
 
