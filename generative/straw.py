@@ -65,7 +65,7 @@ class Straw(nn.Module):
         hidden: int = 128,
         noise: bool = True,
         kl_cost: float = 1e-4,
-        replan_cost: float = 1e-2,
+        replan_cost: float = 3e-3,
         largest_logit: float = 10.0,
     ) -> None:
         super().__init__()
