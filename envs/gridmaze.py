@@ -97,7 +97,7 @@ class GridMaze:
                 raise UserError(f"GridMaze: {name} is a chance and must lie in 0..1, got {chance}")
         if not 0 <= step_cost < math.inf:
             raise UserError(f"GridMaze: step_cost must be 0 or more, and finite, got {step_cost}")
-        longest = room_steps * (((size - 3) // room_steps + 1) ** 2 - 1)  # through every room
+        longest = room_steps * (_rooms(size, room_steps) ** 2 - 1)  # through every room
         self._limit = 2 * size * size if max_steps is None else max_steps
         if self._limit < 0 or 0 < self._limit < longest:
             raise UserError(f"GridMaze: max_steps must be 0 (no limit) or, for size {size}, at least {longest}, got {max_steps}")
