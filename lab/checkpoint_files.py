@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -204,7 +205,7 @@ def saved_bytes(tensors: NamedTensors, source: Mapping[str, Path]) -> int:
 # Reading
 
 
-def _open(folder: Path, name: str, size: int | None = None) -> IO[bytes]:
+def _open(folder: Path, name: str, size: int | None = None) -> FileIO:
     """The file, unbuffered, once it proves to be a plain one of `size` bytes (None: no longer than a manifest may be)."""
     try:
         handle = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -241,7 +242,7 @@ def _check(folder: Path, size: int, piece: Piece, into: memoryview | None) -> No
         while done < piece.size:
             start = 0 if into is None else done
             block = buffer[start : start + min(BLOCK_BYTES, piece.size - done)]
-            count = file.readinto(block)  # type: ignore[attr-defined]
+            count = file.readinto(block)
             if not count:
                 raise Refused(f"{piece.file} ends too early")
             digest.update(block[:count])
