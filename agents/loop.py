@@ -95,20 +95,16 @@ def play(env: VectorEnv, agent: Agent, frames: int, seed: int) -> Generator[Tick
     agent.learn()
 
 
-def evaluate(env: VectorEnv, agent: Agent, episodes_per_lane: int, seed: int, epsilon: float = 0.0) -> Iterator[Tick]:
-    """Plays until every lane has finished its quota of episodes, without learning: only `initial` and `act(explore=False)`.
-
-    Equal quotas keep short episodes from being counted more often than long ones. Lanes that are done play on
-    until the last is done; whoever counts leaves their surplus episodes out.
+def watch(env: VectorEnv, agent: Agent, seed: int, epsilon: float = 0.0) -> Iterator[Tick]:
+    """Plays on and on without learning: only `initial` and `act(explore=False)`.
 
     Args:
-        epsilon: the protocol's share of uniformly random actions, applied here, outside the agent.
+        epsilon: share of uniformly random actions, applied here, outside the agent.
     """
     step, carry = env.reset(seed), agent.initial(env.num_envs)
     frames_per_tick = env.num_envs * env.spec.frames_per_step
-    finished = torch.zeros(env.num_envs, dtype=torch.int64)
     played = 0
-    while int(finished.min()) < episodes_per_lane:
+    while True:
         start = perf_counter()
         decision = agent.act(step, carry, explore=False)
         if epsilon > 0:
@@ -117,8 +113,21 @@ def evaluate(env: VectorEnv, agent: Agent, episodes_per_lane: int, seed: int, ep
             decision = decision._replace(action=torch.where(torch.rand(action.shape, device=action.device) < epsilon, random, action))
         acted = perf_counter()
         after = env.step(decision.action)
-        if after.next_obs is not after.obs:
-            finished += after.last.cpu()
         played += frames_per_tick
         yield Tick(played, step, decision, after, {}, Seconds(acted - start, perf_counter() - acted, 0.0, 0.0))
         step, carry = after, decision.carry
+
+
+def evaluate(env: VectorEnv, agent: Agent, episodes_per_lane: int, seed: int, epsilon: float = 0.0) -> Iterator[Tick]:
+    """Plays as `watch` until every lane has finished its quota of episodes.
+
+    Equal quotas keep short episodes from being counted more often than long ones. Lanes that are done play on
+    until the last is done; whoever counts leaves their surplus episodes out.
+    """
+    finished = torch.zeros(env.num_envs, dtype=torch.int64)
+    for tick in watch(env, agent, seed, epsilon):
+        if tick.after.next_obs is not tick.after.obs:
+            finished += tick.after.last.cpu()
+        yield tick
+        if int(finished.min()) >= episodes_per_lane:
+            return

@@ -30,6 +30,7 @@ MOST_LANES = 65_536
 NO_MEMORY = re.compile(r"allocate|out of memory|ALLOC_FAILED|overflow", re.IGNORECASE)  # as torch says it
 OF_RUNS = ("frames", "frames_per_iteration", "checkpoint_frames", "num_envs", "seed", "run_name", "record_actions")
 MODEL_JOBS = ("encoder", "density", "simulator", "planner")
+OF_WORLDS = ("agent", "env", "protocol", "experiment", "bonus", *MODEL_JOBS)
 
 
 def compose(words: list[str], configs: Path = CONFIGS) -> DictConfig:
@@ -46,6 +47,10 @@ def compose(words: list[str], configs: Path = CONFIGS) -> DictConfig:
     for key in OF_RUNS:
         if typed.get("job") == "bench" and key in typed:
             raise UserError(f"{key}={typed[key]} says nothing to a bench: its runs are told in bench.common, bench.runs and bench.seeds")
+    if typed.get("job") == "collect" and typed.get("run", "null") != "null":
+        for key in typed:
+            if key.partition(".")[0] in OF_WORLDS:
+                raise UserError(f"{key}={typed[key]}: run= plays its own agent in its own world (collect.obs= shows it otherwise)")
     words = [_quoted(key, value) for key, value in typed.items()]
     if typed.get("resume", "null") != "null":
         return _resumed(typed)
@@ -134,6 +139,8 @@ def check_numbers(cfg: DictConfig) -> None:
     if cfg.num_envs > MOST_LANES:
         raise UserError(f"num_envs must be at most {MOST_LANES}, got {cfg.num_envs}")
     for key in ("runs_dir", "data", "run"):
+        if (cfg.job, key) == ("collect", "run") and cfg.get("run") is None:
+            continue
         if key in cfg and (not isinstance(cfg[key], str) or not cfg[key].strip()):
             raise UserError(f"{key}= must name a folder, got {cfg[key]!r}")
     for key in ("tensorboard", "record_actions"):
@@ -145,7 +152,7 @@ def check_numbers(cfg: DictConfig) -> None:
         raise UserError(
             f"checkpoint_frames must be a multiple of frames_per_iteration = {cfg.frames_per_iteration}, got {cfg.checkpoint_frames}"
         )
-    for section in ("evaluation", "fit"):
+    for section in ("evaluation", "fit", "collect"):
         if section in cfg and not isinstance(cfg[section], DictConfig):
             raise UserError(f"{section} is a group of keys ({section}.NAME=value), got {cfg[section]}")
         for key, value in cfg.get(section, {}).items():
@@ -174,8 +181,8 @@ def _check_knob(name: str, key: str, value: Any) -> None:
         _check_type(name, value, "float | None")
         if value is not None and not 0 <= value <= 1:
             raise UserError(f"{name} is a share of the actions, from 0 to 1, or null for the protocol's, got {value}")
-    elif key in ("optimiser", "precision", "path"):
-        _check_type(name, value, "str | None" if key == "path" else "str")
+    elif key in ("optimiser", "precision", "path", "obs"):
+        _check_type(name, value, "str | None" if key in ("path", "obs") else "str")
     else:
         _check_type(name, value, "float" if key == "learning_rate" else "int")
         if not 0 < value < float("inf") or (key != "learning_rate" and value > MOST):

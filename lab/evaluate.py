@@ -91,20 +91,26 @@ def mean_return(rows: list[dict[str, Any]]) -> float:
     return sum(row["return"] for row in rows) / len(rows)
 
 
-def run(cfg: DictConfig) -> int:
-    """job=evaluate: scores a run's last checkpoint, prints the mean with its 95 % bootstrap interval, writes evaluations/*.csv."""
-    folder = find_folder(str(cfg.run), "run")
-    trained = read_config(folder)
-    own = {**trained, "evaluation": plain(cfg)["evaluation"], "seed": cfg.seed}
-    if own["job"] != "train":
-        raise UserError(f"run={folder}: that was job={own['job']}, and only a trained agent can be evaluated")
-    if own["evaluation"]["epsilon"] is None:
-        own["evaluation"]["epsilon"] = trained["evaluation"].get("epsilon")
-    device = pick_device(cfg.device)
+def load_trained(name: str) -> tuple[Path, dict[str, Any], checkpoint.Loaded]:
+    """The folder that `run=` names, its configuration, and its last checkpoint. UserError unless a trained agent lies there."""
+    folder = find_folder(name, "run")
+    settings = read_config(folder)
+    if settings["job"] != "train":
+        raise UserError(f"run={folder}: that was job={settings['job']}, and only a trained agent can be watched")
     loaded = checkpoint.load(folder)
     for warning in loaded.warnings:
         print(warning)
-    check_fingerprint(loaded.state.get("fingerprint"), own | {"seed": trained["seed"]}, folder)
+    check_fingerprint(loaded.state.get("fingerprint"), settings, folder)
+    return folder, settings, loaded
+
+
+def run(cfg: DictConfig) -> int:
+    """job=evaluate: scores a run's last checkpoint, prints the mean with its 95 % bootstrap interval, writes evaluations/*.csv."""
+    folder, trained, loaded = load_trained(str(cfg.run))
+    own = {**trained, "evaluation": plain(cfg)["evaluation"], "seed": cfg.seed}
+    if own["evaluation"]["epsilon"] is None:
+        own["evaluation"]["epsilon"] = trained["evaluation"].get("epsilon")
+    device = pick_device(cfg.device)
     env = make_env(own, cfg.evaluation.num_envs, device, for_evaluation=True)
     agent, _ = make_agent(own, env.spec, device)
     agent.load_state_dict(loaded.state["agent"])

@@ -18,7 +18,7 @@ python launch.py [key=value ...]
   python launch.py resume=runs/NAME [frames=...]             go on with a run
   python launch.py job=evaluate run=runs/NAME                play without learning
   python launch.py job=report run=runs/NAME                  write the report again
-  python launch.py job=collect env=Qbert data=data/qbert     frames of random play to disk
+  python launch.py job=collect env=Qbert data=data/qbert     clips of random play to disk; run=runs/NAME: of a trained agent
   python launch.py job=fit model=vae data=data/qbert         fit a generative model
   python launch.py job=bench bench=demo                      many runs, one table
 """

@@ -15,9 +15,11 @@ from agents.loop import play
 from agents.random import RandomAgent
 from envs.api import UserError, VectorEnv
 from generative.api import Density, Encoder, Sampler, Trainable
-from generative.data import FrameData, FrameRange, FrameSource, FrameWriter
+from generative.clips import ClipData
+from generative.data import FrameSource
 from generative.fit import Fitter
 from generative.likelihoods import bits_per_dim
+from generative.recording import ClipWriter
 from lab import checkpoint
 from lab.configure import build, plain
 from lab.dashboard import Dashboard
@@ -35,15 +37,16 @@ PICTURES = 8
 
 
 def collect_random(env: VectorEnv, device: torch.device, frames: int, seed: int, folder: Path) -> Iterator[int]:
-    """Plays at random for `frames` environment frames, writes every observation to shards in `folder`, and yields the frames played."""
-    with FrameWriter(folder, env.spec.obs_shape, {"env": env.spec.name, "agent": "random", "seed": seed}) as writer:
+    """Plays at random for `frames` environment frames, writes them as clips to `folder`, and yields the frames played."""
+    with ClipWriter(folder, env.spec, env.num_envs, {"env": env.spec.name, "agent": "random", "seed": seed}, overwrite=True) as writer:
         for tick in play(env, RandomAgent(env.spec, device), frames, seed):
-            writer.append(tick.step.obs)
+            writer.append(tick.step, tick.decision.action, tick.after)
             yield tick.played
+        writer.end_part()
 
 
 def fit_rows(
-    model: Any, frames: FrameSource, knobs: Mapping[str, Any], progress: Progress, held: FrameRange | None = None
+    model: Any, frames: FrameSource, knobs: Mapping[str, Any], progress: Progress, held: ClipData | None = None
 ) -> Iterator[dict[str, Any]]:
     """Fits the model for `knobs["updates"]` updates and yields a row of metrics (`fit/...`) about a hundred times.
 
@@ -64,7 +67,7 @@ def fit_rows(
             yield row
 
 
-def heldout_bits(model: Any, held: FrameRange) -> float:
+def heldout_bits(model: Any, held: ClipData) -> float:
     """Bits a pixel of frames that a Density was not fitted to: of the exact likelihood, or of the bound where it has only that."""
     nats = model.log_prob(held.spread(HELDOUT_FRAMES).to(next(model.parameters()).device)).mean()
     return float(
@@ -116,9 +119,9 @@ def run(cfg: DictConfig) -> int:
     """job=fit: fits `model` to the frames in `data`; the run folder's checkpoint can be reused by fit.path."""
     settings = plain(cfg)
     device = pick_device(cfg.device)
-    frames = FrameData(Path(str(cfg.data)))
+    frames = ClipData(Path(str(cfg.data)))
     seed_everything(derive_seed(cfg.seed, 0, "build"))
-    model = build(settings["model"], "model", obs_shape=frames.obs_shape, num_actions=1, device=device)
+    model = build(settings["model"], "model", obs_shape=frames.obs_shape, num_actions=frames.num_actions, device=device)
     name = settings["choices"]["model"]
     if not needs_fit(model):
         raise UserError(f"model={name} has nothing to fit")

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from agents.loop import play, ticks_for
 from envs.api import UserError, VectorEnv
-from generative.data import FrameData
+from generative.clips import ClipData
 from lab import checkpoint, fit
 from lab.actions import ActionLog
 from lab.configure import plain
@@ -178,7 +178,7 @@ class Training:
                 if self._interrupts:
                     return
         seed_everything(self._seed("fit"))
-        frames = FrameData(shards, self.env.spec.obs_shape, verify=False)
+        frames = ClipData(shards, self.env.spec.obs_shape, verify=False)
         with Progress(knobs["updates"], "fitting the encoder", "updates") as self.progress:
             for row in fit.fit_rows(encoder, frames, knobs, self.progress):
                 self._write({"frames": played, "iteration": 0, **row})

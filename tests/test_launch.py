@@ -140,7 +140,7 @@ def test_device_that_is_not_there(capsys):
 
 def test_batch_beyond_memory_is_one_line(capsys, tmp_path):
     frames, small = tmp_path / "frames", ["agent.capacity=500", "agent.learning_starts_frames=16", "agent.update_frames=8"]
-    assert launch.main(["job=collect", "env=Catch", "frames=64", f"data={frames}"]) == 0
+    assert launch.main(["job=collect", "env=Catch", "frames=320", f"data={frames}"]) == 0
     fit = ["job=fit", "model=nade", f"data={frames}", "fit.batch_size=1_000_000_000_000"]
     for words in (fit, ["env=Catch", "agent=dqn", *small, *SHORT, "agent.batch_size=100_000_000_000"]):
         assert words[-1].split("=")[0] in refused(capsys, *words, "wandb=off", f"runs_dir={tmp_path}")
@@ -186,7 +186,7 @@ def test_help_lists_every_key_of_every_option(capsys):
         if group == "experiment":
             continue
         prefixes = {"job": [""], "configs": [""], "model": ["encoder.", "density.", "planner."]}.get(group, [f"{group}."])
-        for key in parse_yaml(path.read_text()).keys() - {"defaults", "job", "game", "_target_", "evaluation", "fit"}:
+        for key in parse_yaml(path.read_text()).keys() - {"defaults", "job", "game", "_target_", "evaluation", "fit", "collect"}:
             assert any(f"{prefix}{key}" in listed for prefix in prefixes), f"{path}: {key}"
     assert {"fit.heldout", "fit.path", "evaluation.before", "data", "run"} <= listed
 
