@@ -20,7 +20,7 @@ import torch
 import generative.nets
 import generative.vae
 from generative.api import Encoder
-from generative.data import FrameMemory
+from generative.data import FrameMemory, image_clip
 from generative.fit import Fitter
 from generative.projection import RandomProjection
 from generative.vae import VAE
@@ -56,7 +56,7 @@ def update_modes(device: torch.device, batch_size: int) -> dict[str, Callable[[]
 
                 def update(fitter: Fitter = fitter, normalise: Callable[[torch.Tensor], torch.Tensor] = normalise) -> object:
                     generative.vae.normalise = normalise  # type: ignore[assignment]
-                    return fitter.step(fitter.frames.sample(fitter.batch_size))
+                    return fitter.step(image_clip(fitter.frames.sample(fitter.batch_size)))
 
                 modes[f"{name} {precision} {layout}"] = update
     return modes

@@ -22,6 +22,16 @@ class FrameSource(Protocol):
         """uint8 (n, C, H, W), drawn with replacement by torch's default generator."""
 
 
+class ClipSource(Protocol):
+    """Where clips come from: `ClipData`."""
+
+    def starts(self, steps: int) -> int:
+        """How many clips of `steps` transitions there are."""
+
+    def clips(self, indices: Tensor, steps: int) -> Clip:
+        """int64 (n), each within 0 .. starts(steps) - 1 -> a Clip of n rows of `steps` transitions."""
+
+
 def image_clip(frames: Tensor) -> Clip:
     """uint8 (B, C, H, W) -> a Clip of B traces without transitions."""
     empty = torch.zeros(len(frames), 0, device=frames.device)

@@ -1,16 +1,18 @@
-"""Fits any Trainable to frames. A generator: whoever wants to log, draw, save or stop listens to it."""
+"""Fits any Trainable to frames or clips. A generator: whoever wants to log, draw, save or stop listens to it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from envs.api import UserError
-from generative.data import FrameSource, image_clip
+from generative.api import Clip
+from generative.data import ClipSource, FrameSource, image_clip
 
 Precision = Literal["auto", "float32", "bfloat16"]
 CHECK_UPDATES_DEVICE = 50
@@ -57,13 +59,14 @@ class Fitter:
     Args:
         model: Trainable, its parameters on the device to fit on.
         frames: what to fit to; batches are drawn with replacement from torch's default generator.
-        batch_size: frames an update.
+        batch_size: frames, or clips, an update.
         learning_rate: constant step size.
         optimiser: `adam` (betas 0.9 and 0.999) or `rmsprop` (decay 0.99, no momentum).
         updates: where `run` ends.
         precision: see `choose_precision`.
         check_updates: how often the losses' finiteness is looked at. 1, the CPU's default, looks before every step; more (50 on GPUs) never
             waits between, and restores a copy of the state at the last look.
+        clip_steps: transitions of a clip, for models that learn from them; `frames` is a ClipSource then. None: single frames.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class Fitter:
         updates: int = 5_000,
         precision: Precision = "auto",
         check_updates: int | None = None,
+        clip_steps: int | None = None,
     ) -> None:
         if batch_size < 1 or updates < 1 or learning_rate <= 0 or (check_updates is not None and check_updates < 1):
             raise UserError("batch_size, updates, learning_rate and check_updates must be positive")
@@ -83,7 +87,10 @@ class Fitter:
             raise UserError(f"optimiser is one of adam, rmsprop, got {optimiser}")
         if len(frames) == 0:
             raise UserError("there are no frames to fit to")
+        if clip_steps is not None and clip_steps < 1:
+            raise UserError(f"clips have at least 1 transition, got {clip_steps}")
         self.model, self.frames, self.batch_size, self.updates, self.update = model, frames, batch_size, updates, 0
+        self.clip_steps = clip_steps
         self.parameters = {name: list(parameters) for name, parameters in model.players().items()}
         self.device = next(parameter.device for parameters in self.parameters.values() for parameter in parameters)
         self.dtype = choose_precision(precision, self.device)
@@ -97,18 +104,45 @@ class Fitter:
         self._bad: dict[str, Tensor] = {}
         self._good = self._copy() if self.check_updates > 1 else None
 
-    def run(self) -> Iterator[FitTick]:
-        """Yields after every update until `updates` are done, from where `update` stands. Raises NonFiniteLoss."""
-        while self.update < self.updates:
+    def run(self, until: int | None = None) -> Iterator[FitTick]:
+        """Yields after every update until so many, or `updates`, are done, from where `update` stands. Raises NonFiniteLoss."""
+        stop = self.updates if until is None else min(until, self.updates)
+        batches = self._batches(stop - self.update)
+        while self.update < stop:
             began = time.perf_counter()
-            metrics = self.step(self.frames.sample(self.batch_size))
+            metrics = self.step(next(batches))
             yield FitTick(self.update, metrics, time.perf_counter() - began)
 
-    def step(self, frames: Tensor) -> dict[str, Tensor]:
-        """One update of every player on uint8 (B, C, H, W) frames. Raises NonFiniteLoss."""
-        if self.device.type == "cuda" and frames.device.type == "cpu":
-            frames = frames.pin_memory()
-        clip = image_clip(frames.to(self.device, non_blocking=True))
+    def retune(self, batch_size: int, learning_rate: float, clip_steps: int | None) -> None:
+        """For the updates to come, until told otherwise. Call it between two `run`s, which draw ahead."""
+        self.batch_size, self.clip_steps = batch_size, clip_steps
+        for optimiser in self.optimisers.values():
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate
+
+    def _batches(self, count: int) -> Iterator[Clip]:
+        """What the next updates learn from. A thread puts clips together, one batch ahead; which ones is drawn here, so that results do not
+        hang on its pace."""
+        if self.clip_steps is None:
+            for _ in range(count):
+                yield image_clip(self._moved(self.frames.sample(self.batch_size)))
+            return
+        source, steps = cast(ClipSource, self.frames), self.clip_steps
+        most = max(1, source.starts(steps))
+        with ThreadPoolExecutor(1) as pool:
+            draws = (pool.submit(source.clips, torch.randint(most, (self.batch_size,)), steps) for _ in range(count))
+            ahead = next(draws, None)
+            while ahead is not None:
+                now, ahead = ahead.result(), next(draws, None)
+                yield Clip(*(self._moved(part) for part in now))
+
+    def _moved(self, part: Tensor) -> Tensor:
+        if self.device.type == "cuda" and part.device.type == "cpu":
+            part = part.pin_memory()
+        return part.to(self.device, non_blocking=True)
+
+    def step(self, clip: Clip) -> dict[str, Tensor]:
+        """One update of every player on a clip on the model's device. Raises NonFiniteLoss."""
         metrics: dict[str, Tensor] = {}
         losses = iter(self.model.losses(clip))
         while True:

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from envs.api import UserError
+from generative.api import Clip
 from generative.data import FrameMemory
 from generative.fit import Fitter, NonFiniteLoss, choose_precision
 from generative.vae import VAE
@@ -199,3 +201,57 @@ def test_senseless_knobs_are_refused_by_name(knobs):
 def test_no_frames_are_refused():
     with pytest.raises(ValueError, match="no frames"):
         Fitter(Quadratic(), FrameMemory((1, 10, 5), 4))
+
+
+class Numbers:
+    """Clips that hold their own number and length."""
+
+    def __len__(self):
+        return 100
+
+    def starts(self, steps):
+        return 100 - steps
+
+    def clips(self, indices, steps):
+        frames = indices.to(torch.uint8).view(-1, 1, 1, 1, 1).expand(-1, steps + 1, 1, 1, 1)
+        zeros = torch.zeros(len(indices), steps)
+        return Clip(frames, zeros.long(), zeros, zeros, zeros.bool())
+
+
+class Listener(Quadratic):
+    """Notes the clips that it is given, and draws random numbers as it learns."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def losses(self, clip):
+        torch.rand(3)
+        self.seen.append(clip.frames[..., 0, 0, 0].tolist())
+        yield from super().losses(clip)
+
+
+def test_clips_are_drawn_by_the_default_generator_whatever_the_thread_does():
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        runs.append(Listener())
+        for _ in Fitter(runs[-1], Numbers(), batch_size=4, updates=5, clip_steps=6).run():
+            torch.rand(1)
+    assert runs[0].seen == runs[1].seen
+    assert len(runs[0].seen) == 5
+    assert all(len(row) == 7 for clip in runs[0].seen for row in clip)
+    assert len({row[0] for clip in runs[0].seen for row in clip}) > 10
+
+
+def test_a_retuned_fitter_takes_other_batches_and_steps():
+    model = Listener()
+    fitter = Fitter(model, Numbers(), batch_size=4, updates=3, learning_rate=0.01, clip_steps=6)
+    assert [tick.update for tick in fitter.run(until=1)] == [1]
+    assert model.weight.item() == pytest.approx(0.99)
+    fitter.retune(batch_size=2, learning_rate=0.1, clip_steps=3)
+    assert [tick.update for tick in fitter.run(until=9)] == [2, 3]
+    assert model.weight.item() == pytest.approx(0.79, abs=1e-3)
+    assert [(len(clip), len(clip[0])) for clip in model.seen] == [(4, 7), (2, 4), (2, 4)]
+    with pytest.raises(UserError, match="at least 1 transition"):
+        Fitter(model, Numbers(), clip_steps=0)
