@@ -32,7 +32,7 @@ from generative.grey_levels import quantise
 from generative.likelihoods import bits_per_dim
 from generative.nade import NADE
 from generative.pixelcnn import PixelCNN
-from lab.fit import write_grid
+from lab.fitting import write_grid
 
 CPU = torch.device("cpu")
 SHAPE, LEVELS, LANES = (1, 42, 42), 8, 8

@@ -30,6 +30,11 @@ MOST_LANES = 65_536
 NO_MEMORY = re.compile(r"allocate|out of memory|ALLOC_FAILED|overflow", re.IGNORECASE)  # as torch says it
 OF_RUNS = ("frames", "frames_per_iteration", "checkpoint_frames", "num_envs", "seed", "run_name", "record_actions")
 MODEL_JOBS = ("encoder", "density", "simulator", "planner")
+OF_JOB: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "train": (("agent", "env", "evaluation"), RESUMABLE_KEYS),
+    "fit": (("data",), ("device", "wandb", "fit.updates")),
+}
+"""Of what can be resumed: the keys that its configuration has, and those that may change."""
 OF_WORLDS = ("agent", "env", "protocol", "experiment", "bonus", *MODEL_JOBS)
 
 
@@ -82,14 +87,17 @@ def _quoted(key: str, value: str) -> str:
 
 def _resumed(typed: dict[str, str]) -> DictConfig:
     """The configuration of the run that `resume` names, with what a resumed run may change, and nothing else, changed."""
-    if typed.get("job", "train") != "train":
+    if typed.get("job", "train") not in OF_JOB:
         run = f" {as_word('run', typed['resume'])}" if typed["job"] in ("evaluate", "report") else ""
-        raise UserError(f"resume= goes on with training and takes no other job; type job={typed['job']}{run} without resume=")
+        raise UserError(f"resume= goes on with training or a fit and takes no other job; type job={typed['job']}{run} without resume=")
     folder = find_folder(typed["resume"], "resume")
     cfg = OmegaConf.create(read_config(folder))
-    if cfg.get("job") != "train":
-        raise UserError(f"resume={folder}: that was job={cfg.get('job')}, and only training goes on")
-    needed = ({*OmegaConf.load(CONFIGS / "config.yaml"), "agent", "env", "evaluation", "fit", "choices"}) - {"defaults"}
+    if cfg.get("job") not in OF_JOB:
+        raise UserError(f"resume={folder}: that was job={cfg.get('job')}, and only training and fits go on (job=collect does so by itself)")
+    if typed.get("job", cfg.job) != cfg.job:
+        raise UserError(f"resume={folder}: that was job={cfg.job}, not job={typed['job']}; leave job= out")
+    own, free = OF_JOB[str(cfg.job)]
+    needed = {*OmegaConf.load(CONFIGS / "config.yaml"), *own, "fit", "choices"} - {"defaults"}
     lacking = sorted(key for key in needed if key not in cfg)
     if lacking:
         raise UserError(f"{folder}/config.yaml is damaged: it lacks {', '.join(lacking)}")
@@ -103,9 +111,11 @@ def _resumed(typed: dict[str, str]) -> DictConfig:
         old = OmegaConf.select(cfg, key)
         if value == old:
             continue
-        if key not in RESUMABLE_KEYS and not (key.startswith("evaluation.") and key.removeprefix("evaluation.") in cfg.evaluation):
-            allowed = ", ".join((*RESUMABLE_KEYS, "evaluation.*"))
+        if key not in free and key not in [f"evaluation.{name}" for name in cfg.get("evaluation", {})]:
+            allowed = ", ".join((*free, "evaluation.*") if "evaluation" in cfg else free)
             raise UserError(f"{key} cannot be changed: a resumed run keeps its configuration but for {allowed}; start a new run instead")
+        if key == "fit.updates" and cfg.fit.get("phases"):
+            raise UserError(f"{key}={text} says nothing here: fit.phases tells how many updates there are")
         OmegaConf.update(cfg, key, value)
     cfg.resume = str(folder)
     check_numbers(cfg)
@@ -181,6 +191,8 @@ def _check_knob(name: str, key: str, value: Any) -> None:
         _check_type(name, value, "float | None")
         if value is not None and not 0 <= value <= 1:
             raise UserError(f"{name} is a share of the actions, from 0 to 1, or null for the protocol's, got {value}")
+    elif key == "phases" or (key == "window_steps" and value is None):
+        return  # job=fit reads them
     elif key in ("optimiser", "precision", "path", "obs"):
         _check_type(name, value, "str | None" if key in ("path", "obs") else "str")
     else:

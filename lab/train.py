@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from agents.loop import play, ticks_for
 from envs.api import UserError, VectorEnv
 from generative.clips import ClipData
-from lab import checkpoint, fit
+from lab import checkpoint, fitting
 from lab.actions import ActionLog
 from lab.configure import plain
 from lab.dashboard import Dashboard
@@ -81,7 +81,7 @@ class Training:
         self._frames_per_iteration = ticks_for(settings["frames_per_iteration"], self.env) * self._frames_per_tick
         seed_everything(self._seed("build"))
         self.agent, self.models = make_agent(settings, self.env.spec, device)
-        if settings["fit"]["path"] and not folder and not fit.needs_fit(self.models.get("encoder")):
+        if settings["fit"]["path"] and not folder and not fitting.needs_fit(self.models.get("encoder")):
             raise UserError(
                 "fit.path is a fitted encoder, and nothing here takes one: choose an encoder that is fitted, or leave fit.path out"
             )
@@ -163,28 +163,28 @@ class Training:
     def _fit(self) -> None:
         """Iteration 0: where the agent's encoder must be fitted, collects random play and fits it, or takes a fitted one from fit.path."""
         encoder = self.models.get("encoder")
-        if encoder is None or not fit.needs_fit(encoder):
+        if encoder is None or not fitting.needs_fit(encoder):
             return
         knobs = self.settings["fit"]
         if knobs["path"]:
-            fit.load_fitted(encoder, knobs["path"])
+            fitting.load_fitted(encoder, knobs["path"])
             return
         shards, played = self.folder / "frames", 0
         shutil.rmtree(shards, ignore_errors=True)
         seed_everything(self._seed("collect"))
         with Progress(knobs["frames"], "random play for the encoder") as self.progress:
-            for played in fit.collect_random(self.env, self.device, knobs["frames"], self._seed("env"), shards):
+            for played in fitting.collect_random(self.env, self.device, knobs["frames"], self._seed("env"), shards):
                 self.progress.update(played)
                 if self._interrupts:
                     return
         seed_everything(self._seed("fit"))
         frames = ClipData(shards, self.env.spec.obs_shape, verify=False)
         with Progress(knobs["updates"], "fitting the encoder", "updates") as self.progress:
-            for row in fit.fit_rows(encoder, frames, knobs, self.progress):
+            for row in fitting.fit_rows(encoder, frames, knobs, self.progress):
                 self._write({"frames": played, "iteration": 0, **row})
                 if self._interrupts:
                     return
-        for picture in fit.write_pictures(encoder, frames, self.folder):
+        for picture in fitting.write_pictures(encoder, frames, self.folder):
             self.dashboard.image(f"encoder/{picture.stem}", picture, played)
         shutil.rmtree(shards, ignore_errors=True)
         self.frames = played

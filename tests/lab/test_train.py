@@ -50,11 +50,10 @@ def test_job_fit_whose_loss_is_not_finite_keeps_the_last_good_state(tmp_path):
     assert all(torch.isfinite(value).all() for value in state.values())
 
 
-def test_fit_folder_can_be_neither_resumed_nor_evaluated(tmp_path, capsys):
+def test_fit_folder_cannot_be_evaluated(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("job: fit\n")
-    for words in ([f"resume={tmp_path}"], ["job=evaluate", f"run={tmp_path}"]):
-        assert launch.main(words) == 2
-        assert "job=fit" in capsys.readouterr().err
+    assert launch.main(["job=evaluate", f"run={tmp_path}"]) == 2
+    assert "job=fit" in capsys.readouterr().err
 
 
 def test_resume_takes_no_other_job(tmp_path, capsys):
@@ -133,6 +132,7 @@ def test_density_is_fitted_and_scored_on_frames_held_out(tmp_path, capsys):
         "model.levels=2",
         f"data={data}",
         "fit.updates=200",
+        "fit.checkpoint_updates=20",
         "wandb=off",
         f"runs_dir={tmp_path}",
         "run_name=fit",
@@ -145,7 +145,7 @@ def test_density_is_fitted_and_scored_on_frames_held_out(tmp_path, capsys):
     scores = [row["fit/heldout_bits_per_dim"] for row in rows if "fit/heldout_bits_per_dim" in row]
     assert len(scores) == 10
     assert scores[-1] < 0.5 * scores[0]
-    assert f"heldout_bits_per_dim {scores[-1]:.2f}" in told
+    assert f"heldout_bits_per_dim {scores[-1]:.4g}" in told
     model = NADE(ClipData(data).obs_shape, 1, "cpu", levels=2)
     model.load_state_dict(checkpoint.load(tmp_path / "fit", only="model").state)
     held = ClipData(data).batch(torch.arange(368, 400))  # the last two of 25 steps of 16 lanes
