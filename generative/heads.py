@@ -58,7 +58,7 @@ class RewardHead(nn.Module):
     def mean(self, logits: Tensor) -> Tensor:
         """Logits (..., n) -> expected rewards float32 (...). Bins are summed in pairs of opposites, so that even logits give exactly 0."""
         probs, half = logits.softmax(-1), len(self.bins) // 2
-        return (probs[..., half + 1 :] - probs[..., :half].flip(-1)) @ self.bins[half + 1 :]
+        return ((probs[..., half + 1 :] - probs[..., :half].flip(-1)) * self.bins[half + 1 :]).sum(-1)  # autocast would round a matmul
 
     def loss(self, logits: Tensor, rewards: Tensor) -> Tensor:
         """Cross-entropy in nats (...) of raw rewards float32 (...) under logits (..., n)."""

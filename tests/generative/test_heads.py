@@ -38,6 +38,16 @@ def test_heads_start_at_no_reward_and_an_episode_that_goes_on():
     torch.testing.assert_close(discount.mean(discount(features)), torch.full((5,), 1 / (1 + math.exp(-4))))
 
 
+def test_means_stay_exact_under_autocast():
+    """A point in 1,001 is beyond bfloat16."""
+    head = RewardHead(1, bins=3, largest=math.log(1002))
+    logits = torch.tensor([[-99.0, -99.0, 99.0]])
+    with torch.autocast("cpu", torch.bfloat16):
+        mean = head.mean(logits)
+    assert mean.dtype == torch.float32
+    assert mean.item() == pytest.approx(1001, rel=1e-5)
+
+
 def test_a_fitted_reward_is_the_mean_of_random_ones():
     """Nine steps in ten give nothing, one in ten 50 points: a network without any input must say 5."""
     head, rewards = RewardHead(1), torch.tensor([50.0] + 9 * [0.0])
