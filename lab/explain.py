@@ -9,7 +9,7 @@ from pathlib import Path
 from lab.folder import CONFIGS
 
 # what a model must have to be chosen by that key
-METHOD_OF = {"encoder": "encode", "density": "absorb", "planner": "advance", "model": "players"}
+METHOD_OF = {"encoder": "encode", "density": "absorb", "planner": "advance", "simulator": "step", "model": "players"}
 USES = """\
 python launch.py [key=value ...]
 
@@ -20,6 +20,8 @@ python launch.py [key=value ...]
   python launch.py job=report run=runs/NAME                  write the report again
   python launch.py job=collect env=Qbert data=data/qbert     clips of random play to disk; run=runs/NAME: of a trained agent
   python launch.py job=fit model=vae data=data/qbert         fit a generative model
+  python launch.py job=fit simulator=small_feedforward data=data/qbert   fit a simulator of the world
+  python launch.py job=evaluate_simulator run=runs/NAME data=data/qbert  how far ahead it sees, and what of
   python launch.py job=bench bench=demo                      many runs, one table
 """
 
@@ -41,6 +43,7 @@ def explain(configs: Path = CONFIGS) -> str:
         "density": f"{models['density']} (where the agent takes a density)",
         "bonus": f"{options('bonus')} (likewise)",
         "planner": f"{models['planner']} (where the agent takes a planner)",
+        "simulator": f"{models['simulator']} (where the agent takes a simulator)",
         "model": f"{models['model']} (of job=fit)",
         "protocol": f"{', '.join(PROTOCOLS)} (of Atari)",
         "experiment": options("experiment"),
@@ -49,7 +52,7 @@ def explain(configs: Path = CONFIGS) -> str:
     lines = [USES, *(_wrapped(name, text) for name, text in groups.items()), "", "keys of every job", *_keys(configs / "config.yaml"), ""]
     for group in ("job", "agent", "env", "bonus"):
         lines += _section(configs, group)
-    lines += ["a model's keys go by what it is chosen as: encoder.KEY, density.KEY, planner.KEY or model.KEY", ""]
+    lines += ["a model's keys go by what it is chosen as: encoder.KEY, density.KEY, planner.KEY, simulator.KEY or model.KEY", ""]
     lines += _section(configs, "model")
     lines += _section(configs, "bench")
     return "\n".join(lines).rstrip()

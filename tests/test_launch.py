@@ -12,7 +12,7 @@ import torch
 from fake_vizdoom import FakeViZDoom
 
 import launch
-from generative.api import Density, Encoder, Planner, Trainable
+from generative.api import Density, Encoder, Planner, Simulator, Trainable
 from lab.configure import CONFIGS, build, compose, plain, within_memory
 from lab.folder import parse_yaml
 from lab.grid import plan
@@ -185,8 +185,8 @@ def test_help_lists_every_key_of_every_option(capsys):
         group = path.parent.name
         if group == "experiment":
             continue
-        prefixes = {"job": [""], "configs": [""], "model": ["encoder.", "density.", "planner."]}.get(group, [f"{group}."])
-        for key in parse_yaml(path.read_text()).keys() - {"defaults", "job", "game", "_target_", "evaluation", "fit", "collect"}:
+        prefixes = {"job": [""], "configs": [""], "model": ["encoder.", "density.", "planner.", "simulator."]}.get(group, [f"{group}."])
+        for key in parse_yaml(path.read_text()).keys() - {"defaults", "job", "game", "_target_", "evaluation", "fit", "collect", "judge"}:
             assert any(f"{prefix}{key}" in listed for prefix in prefixes), f"{path}: {key}"
     assert {"fit.heldout", "fit.path", "evaluation.before", "data", "run"} <= listed
 
@@ -195,13 +195,13 @@ def test_help_offers_models_for_what_they_can_do(capsys):
     assert launch.main(["--help"]) == 0
     lines = {
         line.split()[0]: line
-        for line in capsys.readouterr().out.splitlines()
-        if line.startswith(("encoder ", "density ", "planner ", "model "))
+        for line in re.sub(r"\n {12}", " ", capsys.readouterr().out).splitlines()  # long lists go on in the next line
+        if line.startswith(("encoder ", "density ", "planner ", "simulator ", "model "))
     }
     for path in (CONFIGS / "model").glob("*.yaml"):
         node = parse_yaml(path.read_text())
         model = build(node, "model", obs_shape=(1, 84, 84), num_actions=2, device=torch.device("cpu"))
-        for group, kind in {"encoder": Encoder, "density": Density, "planner": Planner, "model": Trainable}.items():
+        for group, kind in {"encoder": Encoder, "density": Density, "planner": Planner, "simulator": Simulator, "model": Trainable}.items():
             assert isinstance(model, kind) == (f" {path.stem}," in lines[group].replace(" (", ", (")), f"{group}={path.stem}"
 
 
@@ -276,6 +276,7 @@ def test_every_agent_runs_64_frames(agent, tmp_path):
 
 DENSITIES = ["cts", "hash_counts", "nade", "pixelcnn", "pixelcnn_large"]
 PLANNERS = ["straw"]
+SIMULATORS = ["last_frame", "oh_feedforward", "oh_no_action", "oh_recurrent", "small_feedforward", "small_no_action", "small_recurrent"]
 MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
 LEARN_SOON = ["agent.capacity=500", "agent.learning_starts_frames=16", "agent.update_frames=8"]
 
@@ -302,7 +303,7 @@ def test_every_bonus_pays_for_64_frames(bonus, tmp_path):
     assert launch.main(small_frames(["agent=a3c_plus", f"bonus={bonus}", "env=Catch", f"runs_dir={tmp_path}"])) == 0
 
 
-@pytest.mark.parametrize("model", [model for model in MODELS if model not in DENSITIES + PLANNERS])
+@pytest.mark.parametrize("model", [model for model in MODELS if model not in DENSITIES + PLANNERS + SIMULATORS])
 def test_every_model_encodes_for_64_frames_and_2_updates(model, tmp_path):
     env = "Pong" if model.endswith("mfec") else "Catch"
     words = [f"encoder={model}", f"env={env}", f"runs_dir={tmp_path}", *FIT]
