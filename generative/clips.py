@@ -92,6 +92,12 @@ class ClipData:
         self._parts = [_open(self.folder, entry, self.lanes, self.num_actions, verify) for entry in self.parts]
         self.ranges = [Range(index, 0, len(part.last)) for index, part in enumerate(self._parts)]
 
+    @property
+    def digest(self) -> str:
+        """A checksum of all that the folder holds."""
+        parts = [(part["pictures_sha256"], part["steps_file_sha256"]) for part in self.parts]
+        return hashlib.sha256(json.dumps([self.obs_shape, self.num_actions, parts]).encode()).hexdigest()
+
     def __len__(self) -> int:
         """How many observations were acted on."""
         return self.lanes * sum(part.stop - part.start for part in self.ranges)
@@ -134,10 +140,23 @@ class ClipData:
         ends = np.cumsum([self.lanes * max(0, part.stop - part.start - steps + 1) for part in self.ranges])
         which = np.searchsorted(ends, wanted, side="right")
         first, lanes = np.divmod(wanted - np.concatenate(([0], ends))[which], self.lanes)
+        return self._clips([self._place(which[row], lanes[row], first[row]) for row in range(len(wanted))], steps)
+
+    def clips_at(self, part: int, step: int, steps: int) -> Clip:
+        """A Clip of all lanes, from step `step` of a part of the folder on. IndexError where the part is not so long."""
+        if not 0 <= step <= len(self._parts[part].last) - steps:
+            raise IndexError(f"part {part} has {len(self._parts[part].last)} steps a lane")
+        return self._clips([(part, lane, step) for lane in range(self.lanes)], steps)
+
+    def actions(self, part: int) -> Tensor:
+        """int64 (T, N): every action of a part of the folder."""
+        return torch.from_numpy(self._parts[part].actions.astype(np.int64))
+
+    def _clips(self, rows: list[tuple[int, int, int]], steps: int) -> Clip:
+        """Clips from each (part, lane, step) on."""
         found: dict[str, list[np.ndarray]] = {"actions": [], "rewards": [], "discounts": [], "last": []}
         places = []
-        for row in range(len(wanted)):
-            part, lane, start = self._place(which[row], lanes[row], first[row])
+        for part, lane, start in rows:
             tensors, stop = self._parts[part], start + steps
             ends_at = np.flatnonzero(tensors.last[start:stop, lane])
             lived = int(ends_at[0]) + 1 if len(ends_at) else steps

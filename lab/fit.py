@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import signal
 import time
 from collections.abc import Mapping
@@ -259,6 +257,9 @@ class Fitting:
             "frames": 0,
             "iteration": self.iteration,
             "stretch": self.stretch,
+            "obs_shape": list(self.data.obs_shape),
+            "num_actions": self.data.num_actions,
+            "data": self.data.digest,
             "logs": dict(self.log.position()),
             "model": dict(self.model.state_dict()),
             "fitter": self.fitter.state_dict(),
@@ -282,9 +283,7 @@ class Fitting:
 
     def _unfinished(self) -> dict[str, Any]:
         """What a resumed fit may not change: its settings but for the number of updates, and what it is fitted to."""
-        parts = [(part["pictures_sha256"], part["steps_file_sha256"]) for part in self.data.parts]
-        digest = hashlib.sha256(json.dumps([self.data.obs_shape, parts]).encode()).hexdigest()
-        return {**self.settings, "fit": {key: value for key, value in self.knobs.items() if key != "updates"}, "data": digest}
+        return {**self.settings, "fit": {key: value for key, value in self.knobs.items() if key != "updates"}, "data": self.data.digest}
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self._interrupts += 1

@@ -76,7 +76,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged: it names no job")
     for key, node in cfg.items():
         target = node.get("_target_") if isinstance(node, dict) else None
-        if target is not None and target not in _known_targets(GROUP_OF.get(str(key), str(key))):
+        if target is not None and target not in known_targets(GROUP_OF.get(str(key), str(key))):
             raise UserError(f"{path}: {key} names {target!r}; only what a file under configs/ names is ever called")
     return {str(key): value for key, value in cfg.items()}
 
@@ -94,7 +94,8 @@ def parse_yaml(text: str) -> Any:
     return yaml.load(text, _Loader)
 
 
-def _known_targets(group: str) -> set[str]:
+def known_targets(group: str) -> set[str]:
+    """The classes that files under configs/GROUP name: what a stranger's folder may ask for, and nothing else."""
     lines = [line for path in (CONFIGS / group).glob("*.yaml") for line in path.read_text().splitlines()]
     return {line.split()[1] for line in lines if line.startswith("_target_:")}
 

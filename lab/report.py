@@ -75,9 +75,7 @@ def read_run(folder: Path | str) -> Run:
 
 
 def page(run: Run) -> str:
-    """The report as HTML. Its policy allows the script by its checksum alone, and pictures and videos only from within the page."""
-    checksum = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{checksum}'; img-src data:; media-src data:"
+    """The report as HTML."""
     body = "".join(
         section(run)
         for section in (
@@ -92,14 +90,22 @@ def page(run: Run) -> str:
             sections.settings,
         )
     )
+    title = " · ".join(filter(None, (run.agent, run.env, "Reverie")))
+    return frame(
+        title, f"{sections.headline(run)}<main>{body}</main>", "All numbers are in metrics.jsonl and evaluation.csv beside this page."
+    )
+
+
+def frame(title: str, body: str, note: str) -> str:
+    """A page as HTML. Its policy allows the script by its checksum alone, and pictures and videos only from within the page."""
+    checksum = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{checksum}'; img-src data:; media-src data:"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(' · '.join(filter(None, (run.agent, run.env, 'Reverie'))))}</title><style>{CSS}</style></head><body>"
-        f"{sections.headline(run)}<main>{body}</main>"
-        f"<footer>Written by Reverie, {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}. "
-        "All numbers are in metrics.jsonl and evaluation.csv beside this page.</footer>"
+        f"<title>{escape(title)}</title><style>{CSS}</style></head><body>{body}"
+        f"<footer>Written by Reverie, {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}. {note}</footer>"
         f"<script>{SCRIPT}</script></body></html>"
     )
 
