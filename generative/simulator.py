@@ -12,11 +12,12 @@ from envs.api import UserError
 from generative.api import Clip
 from generative.data import frame_weights
 from generative.heads import DiscountHead, RewardHead
+from generative.local_nets import LocalBody
 from generative.nets import small_decoder, small_encoder, to_pixels
 from generative.simulator_nets import ActionTransform, FrameLSTM, FrameStack, Memory, NoAction, Predicted, oh_decoder, oh_encoder
 
 Encoder = Literal["feedforward", "recurrent"]
-Architecture = Literal["small", "paper"]
+Architecture = Literal["small", "local", "paper"]
 Action = Literal["multiplicative", "none"]
 CONTEXT_FRAMES = {"feedforward": 4, "recurrent": 11}
 FRAMES_AT_ONCE = 1024
@@ -40,12 +41,13 @@ class FrameSimulator(nn.Module):
         device: where the parameters lie.
         encoder: `feedforward` sees the last `context_frames` at once; `recurrent` sees one a step and remembers them in an LSTM.
         architecture: `paper`, made for (3, 210, 160), where it has 58 million parameters, with the LSTM 91 million; `small`, which never
-            convolves at full resolution.
+            convolves at full resolution; `local`, for `feedforward` alone, which never makes one vector of the picture (`local_nets`).
         action: `multiplicative`, or `none` for the paper's baseline that does not see it.
         context_frames: K, known before the first prediction. 0: 4 for `feedforward`, 11 for `recurrent`, as in the paper.
-        hidden: units of the encoder's last layer, of the LSTM, and of what the action made of them (2048 in the paper).
-        factors: products of what was seen and what is done (2048 in the paper).
-        residual: whether the decoder tells the change from the frame before instead of the frame (not in the paper). On Catch at
+        hidden: units of the encoder's last layer, of the LSTM, and of what the action made of them (2048 in the paper); not of `local`.
+        factors: products of what was seen and what is done (2048 in the paper); not of `local`.
+        residual: whether the decoder tells the change from the frame before instead of the frame (not in the paper), as `local`
+            always does. With `small` on Catch at
             64x64 after 300 updates of Adam at 3e-4, the squared error was 2.7e-4 without and 7.7e-4 with it; of four predictions in a row,
             4.2e-4 and 1.7e-3.
         reward_cost: weight of the reward's loss, in nats, against the frame's.
@@ -72,7 +74,7 @@ class FrameSimulator(nn.Module):
         super().__init__()
         for name, value, options in (
             ("encoder", encoder, ("feedforward", "recurrent")),
-            ("architecture", architecture, ("small", "paper")),
+            ("architecture", architecture, ("small", "local", "paper")),
             ("action", action, ("multiplicative", "none")),
         ):
             if value not in options:
@@ -87,8 +89,16 @@ class FrameSimulator(nn.Module):
         self.num_actions, self.horizon = num_actions, 1
         self.context_frames = context_frames or CONTEXT_FRAMES[encoder]
         self.residual, self.reward_cost, self.discount_cost = residual, reward_cost, discount_cost
+        if architecture == "local" and encoder != "feedforward":
+            raise UserError(f"architecture=local takes encoder=feedforward, got {encoder}")
         seen = (self.obs_shape[0] * (self.context_frames if encoder == "feedforward" else 1), *self.obs_shape[1:])
-        if architecture == "paper":
+        self.local: LocalBody | None = None
+        network: nn.Module = nn.Identity()
+        self.decoder: nn.Module = nn.Identity()
+        if architecture == "local":
+            self.local = LocalBody(self.context_frames, self.obs_shape, num_actions if action == "multiplicative" else 0)
+            hidden = self.local.features
+        elif architecture == "paper":
             network, self.decoder = oh_encoder(seen, hidden), oh_decoder(hidden, self.obs_shape)
         else:
             network = nn.Sequential(small_encoder(seen, hidden, hidden), nn.ReLU())
@@ -98,7 +108,10 @@ class FrameSimulator(nn.Module):
             self.memory = FrameStack(network, self.context_frames)
         else:
             self.memory = FrameLSTM(network, hidden, self.context_frames, residual)
-        self.transform = ActionTransform(hidden, num_actions, factors, hidden) if action == "multiplicative" else NoAction(hidden, hidden)
+        self.transform: nn.Module = nn.Identity()
+        if self.local is None:
+            sees = action == "multiplicative"
+            self.transform = ActionTransform(hidden, num_actions, factors, hidden) if sees else NoAction(hidden, hidden)
         self.outcome = nn.Sequential(nn.Linear(hidden, OUTCOME_UNITS), nn.ReLU())
         self.reward_head, self.discount_head = RewardHead(OUTCOME_UNITS), DiscountHead(OUTCOME_UNITS)
         self.register_buffer("mean_image", torch.zeros(self.obs_shape))
@@ -179,6 +192,8 @@ class FrameSimulator(nn.Module):
         return self.memory.unroll(images, actions.to(self.device), self.horizon, self._predict)
 
     def _predict(self, features: Tensor, last: Tensor | None, actions: Tensor) -> tuple[Tensor, Tensor]:
+        if self.local is not None:
+            return self.local(features, actions)
         hidden = self.transform(features, actions)
         images = self.decoder(hidden).float()
         if self.residual:

@@ -191,6 +191,8 @@ def _check_knob(name: str, key: str, value: Any) -> None:
         _check_type(name, value, "float | None")
         if value is not None and not 0 <= value <= 1:
             raise UserError(f"{name} is a share of the actions, from 0 to 1, or null for the protocol's, got {value}")
+    elif key == "warmup_updates" and value == 0:
+        return
     elif key == "phases" or (key == "window_steps" and value is None):
         return  # job=fit reads them
     elif key in ("optimiser", "precision", "path", "obs"):

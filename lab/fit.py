@@ -249,6 +249,7 @@ class Fitting:
     def _fitter(self) -> Fitter:
         first = self.phases[0]
         knobs = {"optimiser": self.knobs["optimiser"], "precision": self.knobs["precision"], "updates": self.updates}
+        knobs["warmup_updates"] = self.knobs["warmup_updates"]
         return Fitter(self.model, self.fitted, first.batch_size, first.learning_rate, clip_steps=self._window(first), **knobs)
 
     def _save(self) -> None:

@@ -255,3 +255,17 @@ def test_a_retuned_fitter_takes_other_batches_and_steps():
     assert [(len(clip), len(clip[0])) for clip in model.seen] == [(4, 7), (2, 4), (2, 4)]
     with pytest.raises(UserError, match="at least 1 transition"):
         Fitter(model, Numbers(), clip_steps=0)
+
+
+def test_the_learning_rate_grows_while_it_warms_up():
+    """Adam's first steps on an even gradient are as long as its rate; RMSProp's as its rate over the root of the mean square."""
+    model = Duel()
+    fitter = Fitter(model, FRAMES, updates=4, learning_rate=0.4, warmup_updates=4)
+    rates = [[group["lr"] for optimiser in fitter.optimisers.values() for group in optimiser.param_groups] for _ in fitter.run()]
+    assert rates == [[pytest.approx(rate)] * 2 for rate in (0.1, 0.2, 0.3, 0.4)]
+    quadratic = Quadratic()
+    first = Fitter(quadratic, FRAMES, updates=1, learning_rate=0.4, warmup_updates=4)
+    list(first.run())
+    assert quadratic.weight.item() == pytest.approx(0.9)
+    with pytest.raises(UserError, match="warmup_updates"):
+        Fitter(quadratic, FRAMES, warmup_updates=-1)

@@ -16,7 +16,7 @@ from generative.simulator import FrameSimulator
 from generative.simulator_nets import ActionTransform, FrameStack, oh_sizes
 
 SHAPE, ACTIONS, CONTEXT = (2, 6, 5), 3, 3
-ENCODERS = ["feedforward", "recurrent"]
+KINDS = ["feedforward", "recurrent", "local"]
 
 
 def clip_of(count, batch=2, shape=SHAPE, actions=ACTIONS, seed=0):
@@ -29,13 +29,17 @@ def clip_of(count, batch=2, shape=SHAPE, actions=ACTIONS, seed=0):
     return Clip(frames, taken, rewards, discounts, torch.zeros(batch, count - 1, dtype=torch.bool))
 
 
-def model_of(encoder, shape=SHAPE, seed=0, **knobs):
+def chosen(kind):
+    return {"encoder": "feedforward", "architecture": "local"} if kind == "local" else {"encoder": kind}
+
+
+def model_of(kind, shape=SHAPE, seed=0, **knobs):
     """A small model whose every weight counts: those that start at or near 0 are moved away from it."""
     torch.manual_seed(seed)
-    model = FrameSimulator(shape, ACTIONS, "cpu", encoder=encoder, **({"context_frames": CONTEXT, "hidden": 16, "factors": 12} | knobs))
+    model = FrameSimulator(shape, ACTIONS, "cpu", **chosen(kind), **({"context_frames": CONTEXT, "hidden": 16, "factors": 12} | knobs))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+            parameter.add_((0.02 if kind == "local" else 0.1) * torch.randn_like(parameter))  # `local` is wide and deep
     model.prepare(torch.randint(0, 256, (5, *shape), dtype=torch.uint8))
     return model
 
@@ -64,11 +68,11 @@ def test_the_transform_is_a_bilinear_form_of_what_was_seen_and_what_is_done():
     assert not torch.equal(expected[0], transform(features[:1], actions[1:2])[0])
 
 
-@pytest.mark.parametrize("encoder", ENCODERS)
-def test_the_baseline_without_actions_ignores_them_exactly_and_the_other_does_not(encoder):
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_baseline_without_actions_ignores_them_exactly_and_the_other_does_not(kind):
     clip = clip_of(CONTEXT + 2)
     for action, same in (("none", True), ("multiplicative", False)):
-        model = model_of(encoder, action=action)
+        model = model_of(kind, action=action)
         state = model.start(clip)
         (one, *seen), (other, *also_seen) = (model.step(state, torch.full((2,), taken)) for taken in (0, 1))
         for left, right in zip([*one, *seen], [*other, *also_seen], strict=True):
@@ -128,9 +132,9 @@ def test_the_recurrent_paper_network_adds_an_lstm_of_2048():
     ("shape", "architecture"),
     [([3, 64, 64], "small"), ((1, 84, 84), "small"), ((1, 10, 5), "small"), ((2, 33, 47), "small"), ((1, 84, 84), "paper")],
 )
-@pytest.mark.parametrize("encoder", ENCODERS)
-def test_any_size_of_frame_starts_and_steps(shape, architecture, encoder):
-    model = FrameSimulator(shape, 4, "cpu", encoder=encoder, architecture=architecture, hidden=32, factors=32)
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_size_of_frame_starts_and_steps(shape, architecture, kind):
+    model = FrameSimulator(shape, 4, "cpu", **({"architecture": architecture} | chosen(kind)), hidden=32, factors=32)
     assert all(isinstance(model, job) for job in (Model, Trainable, Simulator))
     state = model.start(image_clip(torch.zeros(3, *shape, dtype=torch.uint8)))
     for _ in range(2):
@@ -143,8 +147,8 @@ def test_any_size_of_frame_starts_and_steps(shape, architecture, encoder):
 
 
 def test_small_is_small():
-    for encoder in ENCODERS:
-        model = FrameSimulator((3, 64, 64), 18, "cpu", encoder=encoder)
+    for kind in KINDS:
+        model = FrameSimulator((3, 64, 64), 18, "cpu", **chosen(kind))
         assert 1e6 < sum(parameter.numel() for parameter in model.parameters()) < 5e6
 
 
@@ -152,7 +156,8 @@ def test_small_is_small():
     ("knob", "told"),
     [
         ({"encoder": "transformer"}, "feedforward, recurrent"),
-        ({"architecture": "huge"}, "small, paper"),
+        ({"architecture": "huge"}, "small, local, paper"),
+        ({"architecture": "local", "encoder": "recurrent"}, "local takes encoder=feedforward"),
         ({"action": "additive"}, "multiplicative, none"),
         ({"context_frames": -1}, "context_frames must be"),
         ({"hidden": 0}, "hidden must be"),
@@ -182,8 +187,11 @@ def slow_loss(model, clip, horizon):
         else:
             seen = [frames[:, at] if at < CONTEXT or (at + 1 - CONTEXT) % horizon == 0 else predicted[at] for at in range(position)]
             features = model.memory.lstm(torch.stack([model.memory.network(image) for image in seen]))[0][-1]
-        hidden = model.transform(features, clip.actions[:, position - 1])
-        predicted[position] = model.decoder(hidden) + (seen[-1] if model.residual else 0)
+        if model.local is not None:
+            predicted[position], hidden = model.local(features, clip.actions[:, position - 1])
+        else:
+            hidden = model.transform(features, clip.actions[:, position - 1])
+            predicted[position] = model.decoder(hidden) + (seen[-1] if model.residual else 0)
         outcome = model.outcome(hidden)
         squares = (predicted[position] - frames[:, position]).square().flatten(1).mean(1)
         reward = model.reward_head.loss(model.reward_head(outcome), clip.rewards[:, position - 1])
@@ -194,10 +202,10 @@ def slow_loss(model, clip, horizon):
 
 @pytest.mark.parametrize("horizon", [1, 2, 3, 5])
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("encoder", ENCODERS)
-def test_true_frames_and_predictions_are_fed_in_where_they_should(encoder, residual, horizon):
+@pytest.mark.parametrize("kind", KINDS)
+def test_true_frames_and_predictions_are_fed_in_where_they_should(kind, residual, horizon):
     """Seven predictions: with a horizon of 3 or 5 the last stretch is cut short."""
-    model, clip = model_of(encoder, residual=residual, reward_cost=0.3, discount_cost=0.7), clip_of(CONTEXT + 7)
+    model, clip = model_of(kind, residual=residual, reward_cost=0.3, discount_cost=0.7), clip_of(CONTEXT + 7)
     expected, predicted = slow_loss(model, clip, horizon)
     slow = gradients_of(model, expected)
     model.horizon = horizon
@@ -216,9 +224,9 @@ def test_true_frames_and_predictions_are_fed_in_where_they_should(encoder, resid
 
 
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("encoder", ENCODERS)
-def test_steps_from_start_are_the_predictions_that_are_fed_back(encoder, residual):
-    model, clip = model_of(encoder, residual=residual), clip_of(CONTEXT + 6)
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_from_start_are_the_predictions_that_are_fed_back(kind, residual):
+    model, clip = model_of(kind, residual=residual), clip_of(CONTEXT + 6)
     model.horizon = 6
     images, hidden, positions = model.predict(clip)
     assert positions == list(range(CONTEXT, CONTEXT + 6))
@@ -245,10 +253,10 @@ def test_clips_that_are_too_short_are_refused():
 
 
 @pytest.mark.parametrize("horizon", [1, 3])
-@pytest.mark.parametrize("encoder", ENCODERS)
-def test_padding_changes_neither_loss_nor_gradient_but_the_end_of_an_episode_counts(encoder, horizon):
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_changes_neither_loss_nor_gradient_but_the_end_of_an_episode_counts(kind, horizon):
     """Row 0 goes on, row 1 ends at transition 3: of its frames 3, 4, 5, 6 and 7 the first two count, the rest is padding."""
-    model, clip = model_of(encoder), clip_of(CONTEXT + 5)
+    model, clip = model_of(kind), clip_of(CONTEXT + 5)
     model.horizon = horizon
     clip.last[1, 3] = True
 
@@ -307,9 +315,9 @@ def test_the_mean_image_is_taken_off_and_put_back():
 
 
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("encoder", ENCODERS)
-def test_the_first_frame_is_repeated_where_fewer_are_known_and_only_the_last_count(encoder, residual):
-    model, clip = model_of(encoder, residual=residual), clip_of(CONTEXT + 2)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_frame_is_repeated_where_fewer_are_known_and_only_the_last_count(kind, residual):
+    model, clip = model_of(kind, residual=residual), clip_of(CONTEXT + 2)
     for count in (1, 2):
         short = known(clip, count)
         frames = torch.cat([short.frames[:, :1]] * (CONTEXT - count) + [short.frames], 1)
@@ -321,9 +329,9 @@ def test_the_first_frame_is_repeated_where_fewer_are_known_and_only_the_last_cou
 
 
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("encoder", ENCODERS)
-def test_branches_of_a_state_are_independent_and_leave_it_as_it_was(encoder, residual):
-    model, clip = model_of(encoder, residual=residual), clip_of(CONTEXT)
+@pytest.mark.parametrize("kind", KINDS)
+def test_branches_of_a_state_are_independent_and_leave_it_as_it_was(kind, residual):
+    model, clip = model_of(kind, residual=residual), clip_of(CONTEXT)
     state = model.start(clip)
     kept = tuple(part.clone() for part in state)
     first, second = (torch.full((2,), action) for action in (0, 1))
@@ -344,9 +352,9 @@ def test_branches_of_a_state_are_independent_and_leave_it_as_it_was(encoder, res
     assert not torch.equal(branches[0][-3], branches[1][-3])
 
 
-@pytest.mark.parametrize("encoder", ENCODERS)
-def test_state_dict_goes_round_with_the_mean_image(encoder):
-    model, other = model_of(encoder), model_of(encoder, seed=1)
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_dict_goes_round_with_the_mean_image(kind):
+    model, other = model_of(kind), model_of(kind, seed=1)
     other.load_state_dict(copy.deepcopy(model.state_dict()))
     assert torch.equal(other.mean_image, model.mean_image)
     clip, action = clip_of(CONTEXT), torch.tensor([0, 2])
@@ -354,10 +362,12 @@ def test_state_dict_goes_round_with_the_mean_image(encoder):
     assert torch.equal(frame, same)
 
 
-@pytest.mark.parametrize(("architecture", "shape"), [("small", SHAPE), ("paper", (1, 52, 52))])
-@pytest.mark.parametrize("encoder", ENCODERS)
-def test_bfloat16_autocast_is_near_float32(encoder, architecture, shape):
-    model, clip = model_of(encoder, shape, architecture=architecture), clip_of(CONTEXT + 2, shape=shape)
+PAPER = {"architecture": "paper", "shape": (1, 52, 52)}
+
+
+@pytest.mark.parametrize(("kind", "knobs"), [*((kind, {}) for kind in KINDS), ("feedforward", PAPER), ("recurrent", PAPER)])
+def test_bfloat16_autocast_is_near_float32(kind, knobs):
+    model, clip = model_of(kind, **knobs), clip_of(CONTEXT + 2, shape=knobs.get("shape", SHAPE))
     for horizon in (1, 2):
         model.horizon = horizon
         ((_, exact, _),) = model.losses(clip)
@@ -414,9 +424,9 @@ def every_move():
     return walk(torch.arange(SIDE**2).repeat(3), torch.arange(3).repeat_interleave(SIDE**2)[:, None])
 
 
-@pytest.mark.parametrize("residual", [False, True])
-def test_a_world_that_actions_decide_is_learned_and_dreamt_under_any_of_them(residual):
-    model, metrics = fitted(every_move(), 250, residual=residual)
+@pytest.mark.parametrize("knobs", [{}, {"residual": True}, {"architecture": "local"}], ids=str)
+def test_a_world_that_actions_decide_is_learned_and_dreamt_under_any_of_them(knobs):
+    model, metrics = fitted(every_move(), 250, **knobs)
     assert metrics["squared_error"] < 1e-4
     truth = walk(torch.arange(SIDE**2), torch.randint(3, (SIDE**2, 10), generator=torch.Generator().manual_seed(7)))
     state = model.start(known(truth, 1))
