@@ -40,7 +40,8 @@ BLOCK_DTYPES = {"block_lanes": "int32", "block_offsets": "int64"}
 
 
 class Part(NamedTuple):
-    """A part in memory but for its pictures. Arrays are (T, N); `picture` counts a lane's pictures before that of a step."""
+    """A part in memory but for its pictures. Arrays are (T, N); `picture` counts a lane's pictures before that of a step, `opening` is the
+    step that opened the episode of each."""
 
     path: Path
     actions: np.ndarray
@@ -48,6 +49,7 @@ class Part(NamedTuple):
     discounts: np.ndarray
     last: np.ndarray
     picture: np.ndarray
+    opening: np.ndarray
     content: np.ndarray
     blocks: list[np.ndarray]
 
@@ -110,7 +112,7 @@ class ClipData:
         ends = np.cumsum([self.lanes * (part.stop - part.start) for part in self.ranges])
         which = np.searchsorted(ends, wanted, side="right")
         steps, lanes = np.divmod(wanted - np.concatenate(([0], ends))[which], self.lanes)
-        return self._gather([(*self._place(which[row], lanes[row], steps[row]), 1) for row in range(len(wanted))], 1)[:, 0]
+        return self._gather([(*self._place(which[row], lanes[row], steps[row]), 0, 1) for row in range(len(wanted))], 1)[:, 0]
 
     def sample(self, n: int) -> Tensor:
         """uint8 (n, C, H, W), drawn with replacement by torch's default generator."""
@@ -121,67 +123,74 @@ class ClipData:
         n = min(n, len(self))
         return self.batch(torch.arange(n) * len(self) // n)
 
-    def starts(self, steps: int) -> int:
-        """How many clips of `steps` transitions there are: one from every step of every lane that has so many to come in its part."""
-        return self.lanes * sum(max(0, part.stop - part.start - steps + 1) for part in self.ranges)
+    def starts(self, steps: int, lead: int = 0) -> int:
+        """How many clips there are: one from every step of every lane that has `steps` - `lead` transitions to come in its part."""
+        return self.lanes * sum(max(0, part.stop - part.start - (steps - lead) + 1) for part in self.ranges)
 
-    def clips(self, indices: Tensor, steps: int) -> Clip:
-        """int64 (n), each within 0 .. starts(steps) - 1 -> a Clip of n rows of `steps` transitions.
+    def clips(self, indices: Tensor, steps: int, lead: int = 0) -> Clip:
+        """int64 (n), each within 0 .. starts(steps, lead) - 1 -> a Clip of n rows of `steps` transitions.
 
+        The first `lead` of them lead to the step that an index stands for. As far as its episode, or its part, had not begun, the first
+        picture stands still, action and reward are 0 and the discount is 1: what simulators are shown where fewer frames are known.
         After a row's first `last`, which the cut at a part's end is too, its last picture stands still and the rest is 0.
         UserError where no part is so long.
         """
-        wanted, most = indices.cpu().numpy(), self.starts(steps)
+        wanted, most = indices.cpu().numpy(), self.starts(steps, lead)
         if most == 0:
             longest = max(part.stop - part.start for part in self.ranges)
-            raise UserError(f"{self.folder} has no clip of {steps} steps: its parts have {longest} steps a lane; collect longer ones")
+            known = f"its parts have {longest} steps a lane"
+            raise UserError(f"{self.folder} has no clip of {steps - lead} steps: {known}; collect longer ones")
         if len(wanted) and (wanted.min() < 0 or wanted.max() >= most):
             raise IndexError(f"clip indices must lie in 0..{most - 1}")
-        ends = np.cumsum([self.lanes * max(0, part.stop - part.start - steps + 1) for part in self.ranges])
+        ends = np.cumsum([self.lanes * max(0, part.stop - part.start - (steps - lead) + 1) for part in self.ranges])
         which = np.searchsorted(ends, wanted, side="right")
         first, lanes = np.divmod(wanted - np.concatenate(([0], ends))[which], self.lanes)
-        return self._clips([self._place(which[row], lanes[row], first[row]) for row in range(len(wanted))], steps)
+        return self._clips([self._place(which[row], lanes[row], first[row]) for row in range(len(wanted))], steps, lead)
 
-    def clips_at(self, part: int, step: int, steps: int) -> Clip:
-        """A Clip of all lanes, from step `step` of a part of the folder on. IndexError where the part is not so long."""
-        if not 0 <= step <= len(self._parts[part].last) - steps:
+    def clips_at(self, part: int, step: int, steps: int, lead: int = 0) -> Clip:
+        """A Clip of all lanes at step `step` of a part of the folder, as in `clips`. IndexError where the part is not so long."""
+        if not 0 <= step <= len(self._parts[part].last) - (steps - lead):
             raise IndexError(f"part {part} has {len(self._parts[part].last)} steps a lane")
-        return self._clips([(part, lane, step) for lane in range(self.lanes)], steps)
+        return self._clips([(part, lane, step) for lane in range(self.lanes)], steps, lead)
 
     def actions(self, part: int) -> Tensor:
         """int64 (T, N): every action of a part of the folder."""
         return torch.from_numpy(self._parts[part].actions.astype(np.int64))
 
-    def _clips(self, rows: list[tuple[int, int, int]], steps: int) -> Clip:
-        """Clips from each (part, lane, step) on."""
+    def _clips(self, rows: list[tuple[int, int, int]], steps: int, lead: int = 0) -> Clip:
+        """Clips from `lead` steps before each (part, lane, step) on."""
         found: dict[str, list[np.ndarray]] = {"actions": [], "rewards": [], "discounts": [], "last": []}
         places = []
-        for part, lane, start in rows:
-            tensors, stop = self._parts[part], start + steps
+        for part, lane, step in rows:
+            tensors = self._parts[part]
+            start, stop = max(step - lead, int(tensors.opening[step, lane])), step - lead + steps
+            still = start - (step - lead)  # transitions before the episode began
             ends_at = np.flatnonzero(tensors.last[start:stop, lane])
-            lived = int(ends_at[0]) + 1 if len(ends_at) else steps
+            lived = int(ends_at[0]) + 1 if len(ends_at) else stop - start
             for name, values in found.items():
-                piece = getattr(tensors, name)[start:stop, lane].copy()
-                piece[lived:] = 0
+                piece = np.zeros(steps, getattr(tensors, name).dtype)
+                piece[still : still + lived] = getattr(tensors, name)[start : start + lived, lane]
                 values.append(piece)
-            places.append((part, lane, start, lived + 1))
+            found["discounts"][-1][:still] = 1
+            places.append((part, lane, start, still, lived + 1))
         frames = self._gather(places, steps + 1)
         actions, rewards, discounts, last = (torch.from_numpy(np.stack(values)) for values in found.values())
         return Clip(frames, actions.long(), rewards, discounts, last)
 
-    def sample_clips(self, n: int, steps: int) -> Clip:
+    def sample_clips(self, n: int, steps: int, lead: int = 0) -> Clip:
         """A Clip of n rows, drawn with replacement by torch's default generator."""
-        return self.clips(torch.randint(max(1, self.starts(steps)), (n,)), steps)
+        return self.clips(torch.randint(max(1, self.starts(steps, lead)), (n,)), steps, lead)
 
-    def spread_clips(self, n: int, steps: int) -> Clip:
+    def spread_clips(self, n: int, steps: int, lead: int = 0) -> Clip:
         """A Clip of min(n, starts) rows that begin at even distances: the same at every call."""
-        most = max(1, self.starts(steps))
-        return self.clips(torch.arange(min(n, most)) * most // min(n, most), steps)
+        most = max(1, self.starts(steps, lead))
+        return self.clips(torch.arange(min(n, most)) * most // min(n, most), steps, lead)
 
     def split(self, share: float) -> tuple[ClipData, ClipData]:
         """What was recorded first, and the last `share` of it. UserError unless there are both.
 
-        A clip lies in one of the two as a whole; only the picture after the last step of the first part is the other's first.
+        A clip lies in one of the two as a whole, but for what leads to its first step; and the picture after the last step of the first
+        part is the other's first.
         """
         total = sum(part.stop - part.start for part in self.ranges)
         cut = total - round(share * total)
@@ -205,19 +214,23 @@ class ClipData:
         part, start, _ = self.ranges[which]
         return part, int(lane), start + int(step)
 
-    def _gather(self, places: list[tuple[int, int, int, int]], length: int) -> Tensor:
-        """uint8 (n, length, C, H, W): of each (part, lane, step, count), `count` pictures from the step's on, the last of them repeated."""
+    def _gather(self, places: list[tuple[int, int, int, int, int]], length: int) -> Tensor:
+        """uint8 (n, length, C, H, W): of each (part, lane, step, still, count), `count` pictures from the step's on.
+
+        The first is repeated `still` times before them, the last as often as there is room.
+        """
         channels, height, width = self.obs_shape
         frames = np.empty((len(places), length, height, width, channels), np.uint8)
 
         def fill(row: int) -> None:
-            part, lane, step, count = places[row]
+            part, lane, step, still, count = places[row]
             first = int(self._parts[part].picture[step, lane])
             for block in range(first // BLOCK, (first + count - 1) // BLOCK + 1):
                 pictures, begins = self._block(part, lane, block), block * BLOCK
                 here, there = max(first, begins), min(first + count, begins + BLOCK)
-                frames[row, here - first : there - first] = pictures[here - begins : there - begins]
-            frames[row, count:] = frames[row, count - 1]
+                frames[row, still + here - first : still + there - first] = pictures[here - begins : there - begins]
+            frames[row, :still] = frames[row, still]
+            frames[row, still + count :] = frames[row, still + count - 1]
 
         if len(places) < 4:
             for row in range(len(places)):
@@ -280,13 +293,15 @@ def _part(path: Path, arrays: Mapping[str, np.ndarray], content: np.ndarray, sha
         raise ValueError(f"actions lie beyond 0..{num_actions - 1}")
     last[-1] = True
     picture = np.arange(shape[0])[:, None] + np.cumsum(last, axis=0) - last
+    opens = np.concatenate((np.ones((1, shape[1]), bool), last[:-1]))
+    opening = np.maximum.accumulate(np.where(opens, np.arange(shape[0])[:, None], 0), axis=0)
     if offsets.shape != (len(of_lane) + 1,) or offsets[0] != 0 or offsets[-1] != len(content) or (np.diff(offsets) <= 0).any():
         raise ValueError("its blocks do not lie one after another")
     spans = np.stack((offsets[:-1], offsets[1:]), 1)
     blocks = [spans[of_lane == lane] for lane in range(shape[1])]
     if [len(found) for found in blocks] != [math.ceil((count + 2) / BLOCK) for count in picture[-1]] or sum(map(len, blocks)) != len(spans):
         raise ValueError("its blocks are not as many as its pictures need")
-    return Part(path, actions, arrays["rewards"], arrays["discounts"], last, picture, content, blocks)
+    return Part(path, actions, arrays["rewards"], arrays["discounts"], last, picture, opening, content, blocks)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

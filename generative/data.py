@@ -25,11 +25,11 @@ class FrameSource(Protocol):
 class ClipSource(Protocol):
     """Where clips come from: `ClipData`."""
 
-    def starts(self, steps: int) -> int:
+    def starts(self, steps: int, lead: int = 0) -> int:
         """How many clips of `steps` transitions there are."""
 
-    def clips(self, indices: Tensor, steps: int) -> Clip:
-        """int64 (n), each within 0 .. starts(steps) - 1 -> a Clip of n rows of `steps` transitions."""
+    def clips(self, indices: Tensor, steps: int, lead: int = 0) -> Clip:
+        """int64 (n), each within 0 .. starts(steps, lead) - 1 -> a Clip of n rows of `steps` transitions, the first `lead` from before."""
 
 
 def image_clip(frames: Tensor) -> Clip:

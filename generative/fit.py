@@ -69,6 +69,7 @@ class Fitter:
         warmup_updates: how many updates the learning rate grows for, in a straight line. Simulators of Pong learned nothing without it in
             800 updates: the first steps' gradients, large in a network that adds little at first, are long remembered by Adam.
         clip_steps: transitions of a clip, for models that learn from them; `frames` is a ClipSource then. None: single frames.
+        clip_lead: how many of them come before the step that is drawn, as far as its episode had begun.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Fitter:
         check_updates: int | None = None,
         warmup_updates: int = 0,
         clip_steps: int | None = None,
+        clip_lead: int = 0,
     ) -> None:
         if batch_size < 1 or updates < 1 or learning_rate <= 0 or (check_updates is not None and check_updates < 1):
             raise UserError("batch_size, updates, learning_rate and check_updates must be positive")
@@ -95,6 +97,7 @@ class Fitter:
         if clip_steps is not None and clip_steps < 1:
             raise UserError(f"clips have at least 1 transition, got {clip_steps}")
         self.model, self.frames, self.batch_size, self.updates, self.update = model, frames, batch_size, updates, 0
+        self.clip_lead = clip_lead
         self.clip_steps, self.learning_rate, self.warmup_updates = clip_steps, learning_rate, warmup_updates
         self.parameters = {name: list(parameters) for name, parameters in model.players().items()}
         self.device = next(parameter.device for parameters in self.parameters.values() for parameter in parameters)
@@ -129,10 +132,10 @@ class Fitter:
             for _ in range(count):
                 yield image_clip(self._moved(self.frames.sample(self.batch_size)))
             return
-        source, steps = cast(ClipSource, self.frames), self.clip_steps
-        most = max(1, source.starts(steps))
+        source, shape = cast(ClipSource, self.frames), (self.clip_steps, self.clip_lead)
+        most = max(1, source.starts(*shape))
         with ThreadPoolExecutor(1) as pool:
-            draws = (pool.submit(source.clips, torch.randint(most, (self.batch_size,)), steps) for _ in range(count))
+            draws = (pool.submit(source.clips, torch.randint(most, (self.batch_size,)), *shape) for _ in range(count))
             ahead = next(draws, None)
             while ahead is not None:
                 now, ahead = ahead.result(), next(draws, None)

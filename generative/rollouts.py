@@ -37,19 +37,22 @@ class Rollout(NamedTuple):
 
 
 @torch.no_grad()
-def rollout(simulator: Simulator, clip: Clip, horizon: int) -> Rollout:
-    """Shows the first `context_frames` frames of each row to the simulator, and has it take the clip's next `horizon` actions.
+def rollout(simulator: Simulator, clip: Clip, horizon: int, known: int | None = None) -> Rollout:
+    """Shows the first `known` frames of each row to the simulator, and has it take the clip's next `horizon` actions.
 
-    The clip's tensors may lie on any device, results lie on the simulator's. Rows that end within the context weigh nothing.
-    UserError where the clip has less than context_frames - 1 + horizon transitions.
+    The clip's tensors may lie on any device, results lie on the simulator's. Rows that end within the known frames weigh nothing.
+    UserError where the clip has less than known - 1 + horizon transitions.
+
+    Args:
+        known: None for `context_frames`, as many as the simulator looks at; more, to have several of them foretell the same frames.
     """
-    context = simulator.context_frames
+    context = simulator.context_frames if known is None else known
     needed, given = context - 1 + horizon, clip.actions.shape[1]
     if given < needed:
         raise UserError(f"{horizon} steps after {context} frames need clips of {needed} transitions, these have {given}")
-    known = Clip(clip.frames[:, :context], *(part[:, : context - 1] for part in clip[1:]))
+    shown = Clip(clip.frames[:, :context], *(part[:, : context - 1] for part in clip[1:]))
     ahead = Clip(clip.frames[:, context - 1 : needed + 1], *(part[:, context - 1 : needed] for part in clip[1:]))
-    state = simulator.start(known)
+    state = simulator.start(shown)
     steps = []
     for t in range(horizon):
         state, *seen = simulator.step(state, ahead.actions[:, t])

@@ -28,7 +28,7 @@ from lab.simulator_figures import HELD_STEPS, control_score, counterfactuals, ev
 from lab.simulator_page import page
 
 BASELINE = "last_frame"
-LEAD_STEPS = 60  # into a part, where actions are tried
+LEAD_STEPS = 60  # into a part, about, where actions are tried
 
 
 def run(cfg: DictConfig) -> int:
@@ -37,14 +37,22 @@ def run(cfg: DictConfig) -> int:
     device, judge = pick_device(settings["device"]), checked(settings["judge"])
     names = [settings["run"], *_words(settings["against"], "against")]
     whole = ClipData(Path(settings["data"]))
-    data, simulators = whole, {}
+    data = whole
+    shares: list[float] = []
+    simulators: dict[str, Simulator] = {}
     for name in names:
         label, simulator, held = load_simulator(name, whole, device)
         simulators[label if label not in simulators else f"{label} ({Path(name).name})"] = simulator
-        if held:
-            data = whole.split(held)[1]
+        if held is not None:
+            shares.append(held)
+    least = min(shares, default=None)
+    if least:
+        data = whole.split(least)[1]
+    elif least is not None:
+        print(f"a run was fitted to all of {whole.folder}: its figures are on what it has seen")
     simulators[BASELINE] = LastFrame(whole.obs_shape, whole.num_actions, device)
-    horizon = _fitting_horizon(data, max(one.context_frames for one in simulators.values()), judge["horizon"])
+    known = max(one.context_frames for one in simulators.values())
+    horizon = _fitting_horizon(data, judge["horizon"])
     world = world_of(whole) if judge["moments"] or judge["control_run"] else None
     player = _player(judge["control_run"], whole, device) if judge["control_run"] else None
     target = find_folder(names[0], "run") / "evaluations" / f"simulator-seed-{settings['seed']}"
@@ -56,10 +64,9 @@ def run(cfg: DictConfig) -> int:
     for name, simulator in simulators.items():
         seed_everything(derive_seed(settings["seed"], 0, "evaluate_simulator"))
         print(f"judging  {name}", flush=True)
-        results[name] = _judge(simulator, data, whole, judge, horizon, world, player, settings["seed"])
+        results[name] = _judge(simulator, data, whole, judge, (known, horizon), world, player, settings["seed"])
         films[name] = target / f"{name.split(' ')[0]}-{len(films)}.mp4"
-        steps = simulator.context_frames - 1 + horizon
-        seen = rollout(simulator, data.spread_clips(FILMED, steps), horizon)
+        seen = rollout(simulator, data.spread_clips(FILMED, known - 1 + horizon, known - 1), horizon, known)
         write_film(films[name], seen, list(range(len(seen.frames))))
     _write(target, settings, data, results, films)
     _tell(results, target)
@@ -81,8 +88,8 @@ def checked(judge: Mapping[str, Any]) -> dict[str, Any]:
     return dict(judge)
 
 
-def load_simulator(name: str, data: ClipData, device: torch.device) -> tuple[str, Simulator, float]:
-    """(the model's name, the fitted simulator, the share of `data` that its fit held out: 0 where it was fitted to other clips).
+def load_simulator(name: str, data: ClipData, device: torch.device) -> tuple[str, Simulator, float | None]:
+    """(the model's name, the fitted simulator, the share of `data` that its fit held out, None where it was fitted to other clips).
 
     UserError where the run fitted no simulator, or one of other pictures or actions.
     """
@@ -99,7 +106,7 @@ def load_simulator(name: str, data: ClipData, device: torch.device) -> tuple[str
         raise UserError(f"run={name} simulates pictures of {shape} under {actions} actions, and {data.folder} holds {theirs}")
     model = build(settings["simulator"], "simulator", obs_shape=shape, num_actions=actions, device=device)
     model.load_state_dict(loaded.state["model"])
-    return settings["choices"]["simulator"], model, settings["fit"]["heldout"] if loaded.state["data"] == data.digest else 0.0
+    return settings["choices"]["simulator"], model, settings["fit"]["heldout"] if loaded.state["data"] == data.digest else None
 
 
 def world_of(data: ClipData) -> dict[str, Any]:
@@ -127,22 +134,23 @@ def _judge(
     data: ClipData,
     whole: ClipData,
     judge: Mapping[str, Any],
-    horizon: int,
+    span: tuple[int, int],
     world: dict[str, Any] | None,
     player: Agent | None,
     seed: int,
 ) -> dict[str, Any]:
-    found: dict[str, Any] = {"errors": picture_errors(simulator, data, horizon, judge["clips"])}
-    found["events"] = event_figures(simulator, data, judge["event_clips"])
+    """All figures of one simulator; `span` is how many frames are known, and how many foretold."""
+    found: dict[str, Any] = {"errors": picture_errors(simulator, data, *span, judge["clips"])}
+    found["events"] = event_figures(simulator, data, span[0], judge["event_clips"])
     if world is not None and judge["moments"]:
         found["counterfactuals"] = _try_actions(simulator, whole, world, judge["moments"])
     if world is not None and player is not None:
         env = make_env(world, judge["control_envs"], torch.device("cpu"))
         found["control"] = _play(simulator, env, player, judge, seed)
         env.close()
-    clip = data.spread_clips(16, max(1, simulator.context_frames - 1))
-    known = Clip(clip.frames[:, : simulator.context_frames], *(part[:, : simulator.context_frames - 1] for part in clip[1:]))
-    found["steps_per_second"] = steps_per_second(simulator, known)
+    context = simulator.context_frames
+    clip = data.spread_clips(16, context, context - 1)
+    found["steps_per_second"] = steps_per_second(simulator, Clip(clip.frames[:, :context], *(part[:, : context - 1] for part in clip[1:])))
     return found
 
 
@@ -151,8 +159,8 @@ def _try_actions(simulator: Simulator, whole: ClipData, world: dict[str, Any], m
     env = make_env(world, whole.lanes, torch.device("cpu"))
     tried = []
     for part in range(max(0, len(whole.parts) - moments), len(whole.parts)):
-        step = min(LEAD_STEPS, whole.parts[part]["steps"] - HELD_STEPS)
-        if step >= simulator.context_frames - 1:
+        step = min(LEAD_STEPS + part, whole.parts[part]["steps"] - HELD_STEPS - part)  # another in each: in toys all lanes end at once
+        if step >= 0:
             tried.append(counterfactuals(simulator, whole, env, part, step))
     env.close()
     found = [one for one in tried if one is not None]
@@ -177,11 +185,9 @@ def _play(simulator: Simulator, env: VectorEnv, player: Agent, judge: Mapping[st
     return {name: {"mean": sum(returns) / len(returns), "returns": returns} for name, returns in played.items()}
 
 
-def _fitting_horizon(data: ClipData, context: int, wanted: int) -> int:
-    """As many steps as the parts are long, at most `wanted`. UserError where that is none."""
-    longest = max(part.stop - part.start for part in data.ranges) - (context - 1)
-    if longest < 1:
-        raise UserError(f"{data.folder}: what is held out is too short for {context} frames and one step; collect more, in longer parts")
+def _fitting_horizon(data: ClipData, wanted: int) -> int:
+    """As many steps as the longest stretch has, at most `wanted`."""
+    longest = max(part.stop - part.start for part in data.ranges)
     if longest < wanted:
         print(f"judge.horizon={wanted} becomes {longest}: no longer stretch is held out in {data.folder}")
     return min(wanted, longest)
@@ -203,8 +209,8 @@ def _write(target: Path, settings: Mapping[str, Any], data: ClipData, results: M
 
 def _tell(results: Mapping[str, Any], target: Path) -> None:
     for name, found in results.items():
-        psnr = found["errors"]["psnr"]
-        shown = ", ".join(f"{psnr[step - 1]:.1f} at {step}" for step in (1, 5, 10, 30, 100) if step <= len(psnr))
+        psnr = dict(enumerate(found["errors"]["psnr"], start=1))
+        shown = ", ".join(f"{psnr[step]:.1f} at {step}" for step in (1, 5, 10, 30, 100) if psnr.get(step) is not None)
         print(f"PSNR     {name}: {shown}")
     print(f"figures  {target / 'results.json'}\nreport   {target / 'report.html'}")
 

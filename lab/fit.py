@@ -218,19 +218,17 @@ class Fitting:
         """Figures on what the model was not fitted to, and pictures."""
         found: dict[str, float] = {}
         if self.simulates:
-            source = self.held or self.fitted
-            steps = self.model.context_frames - 1 + max(HORIZONS)
-            if source.starts(steps):
-                seen = rollout(self.model, source.spread_clips(HELDOUT_CLIPS, steps), max(HORIZONS))
-                error, (moving, count) = squared_error(seen.frames, seen.truth), moving_error(seen.frames, seen.truth, seen.before)
-                for horizon in HORIZONS:
-                    weights = seen.weights[:, horizon - 1]
-                    mean = (weights * error[:, horizon - 1]).sum() / weights.sum().clamp(min=1)
-                    of_moving = (weights * moving[:, horizon - 1]).sum() / (weights * count[:, horizon - 1]).sum().clamp(min=1)
-                    kind = "heldout" if self.held else "seen"
-                    found[f"fit/{kind}_psnr_{horizon}"] = float(psnr(mean))
-                    found[f"fit/{kind}_moving_error_{horizon}"] = float(of_moving)
-                write_rollouts(self.folder, seen)
+            source, context = self.held or self.fitted, self.model.context_frames
+            steps = min(max(HORIZONS), max(part.stop - part.start for part in source.ranges))
+            seen = rollout(self.model, source.spread_clips(HELDOUT_CLIPS, context - 1 + steps, context - 1), steps)
+            error, (moving, count) = squared_error(seen.frames, seen.truth), moving_error(seen.frames, seen.truth, seen.before)
+            for horizon in (horizon for horizon in HORIZONS if horizon <= steps and seen.weights[:, horizon - 1].any()):
+                weights, kind = seen.weights[:, horizon - 1], "heldout" if self.held else "seen"
+                mean = (weights * error[:, horizon - 1]).sum() / weights.sum()
+                of_moving = (weights * moving[:, horizon - 1]).sum() / (weights * count[:, horizon - 1]).sum().clamp(min=1)
+                found[f"fit/{kind}_psnr_{horizon}"] = float(psnr(mean))
+                found[f"fit/{kind}_moving_error_{horizon}"] = float(of_moving)
+            write_rollouts(self.folder, seen)
         elif self.held is not None:
             found["fit/heldout_bits_per_dim"] = heldout_bits(self.model, self.held)
         write_pictures(self.model, self.held or self.fitted, self.folder)
@@ -250,6 +248,7 @@ class Fitting:
         first = self.phases[0]
         knobs = {"optimiser": self.knobs["optimiser"], "precision": self.knobs["precision"], "updates": self.updates}
         knobs["warmup_updates"] = self.knobs["warmup_updates"]
+        knobs["clip_lead"] = self.model.context_frames - 1 if self.simulates else 0
         return Fitter(self.model, self.fitted, first.batch_size, first.learning_rate, clip_steps=self._window(first), **knobs)
 
     def _save(self) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,49 +22,53 @@ SEEN_DIFFERENCE = 8  # of 255: pictures that differ by less anywhere look the sa
 SPEED_SECONDS = 1.0
 
 
-def picture_errors(simulator: Simulator, data: ClipData, horizon: int, clips: int) -> dict[str, list[float]]:
-    """Means over clips at even distances, by steps ahead: `mse` (scale of [0, 1]), `psnr` of that mean in decibels, `ssim`, and
-    `moving_mse`, of moving pixels alone. Steps after an episode's end do not count."""
-    steps = simulator.context_frames - 1 + horizon
-    most = min(clips, data.starts(steps))
+def picture_errors(simulator: Simulator, data: ClipData, known: int, horizon: int, clips: int) -> dict[str, list[float | None]]:
+    """Means over clips at even distances, by steps ahead of `known` frames, None where no clip is so long.
+
+    `mse` (scale of [0, 1]), `psnr` of that mean in decibels, `ssim`, and `moving_mse`, of moving pixels alone. Steps after an episode's end
+    do not count.
+    """
     sums = {name: torch.zeros(horizon, dtype=torch.float64) for name in ("weights", "mse", "ssim", "moving", "moved")}
-    for first in range(0, most, BATCH):
-        chosen = torch.arange(first, min(first + BATCH, most)) * data.starts(steps) // most
-        seen = rollout(simulator, data.clips(chosen, steps), horizon)
+    for clip in _spread(data, clips, known - 1 + horizon, known - 1):
+        seen = rollout(simulator, clip, horizon, known)
         moving, moved = moving_error(seen.frames, seen.truth, seen.before)
         found = (torch.ones_like(seen.weights), squared_error(seen.frames, seen.truth), ssim(seen.frames, seen.truth), moving, moved)
         for total, values in zip(sums.values(), found):
             total += (seen.weights * values).sum(0).double().cpu()
-    weights = sums["weights"].clamp(min=1)
-    mse = sums["mse"] / weights
-    figures = {"mse": mse, "psnr": psnr(mse), "ssim": sums["ssim"] / weights, "moving_mse": sums["moving"] / sums["moved"].clamp(min=1)}
-    return {name: values.tolist() for name, values in figures.items()}
+    mse = sums["mse"] / sums["weights"]
+    figures = {"mse": mse, "psnr": psnr(mse), "ssim": sums["ssim"] / sums["weights"], "moving_mse": sums["moving"] / sums["moved"]}
+    return {name: [value if math.isfinite(value) else None for value in values.tolist()] for name, values in figures.items()}
 
 
-def event_figures(simulator: Simulator, data: ClipData, clips: int) -> dict[str, Any]:
-    """How well rewards and ends of episodes are foretold, one step ahead.
+def event_figures(simulator: Simulator, data: ClipData, known: int, clips: int) -> dict[str, Any]:
+    """How well rewards and ends of episodes are foretold, one step ahead of `known` frames.
 
     A reward counts as foretold where the prediction is nearer to the smallest that occurs than to none; an end, where the discount is
     below one half. Precision and recall are None where nothing was foretold, or nothing happened.
     """
-    steps = simulator.context_frames
-    most = min(clips, data.starts(steps))
     columns: list[Tensor] = []
-    for first in range(0, most, BATCH):
-        chosen = torch.arange(first, min(first + BATCH, most)) * data.starts(steps) // most
-        seen = rollout(simulator, data.clips(chosen, steps), 1)
-        parts = (seen.weights, seen.clip.rewards, seen.rewards, seen.clip.discounts, seen.discounts)
+    for clip in _spread(data, clips, known, known - 1):
+        seen = rollout(simulator, clip, 1, known)
+        parts = (seen.clip.rewards, seen.rewards, seen.clip.discounts, seen.discounts)
         columns.append(torch.stack([part[:, 0].cpu() for part in parts]))
-    weights, rewards, said_rewards, discounts, said_discounts = torch.cat(columns, 1)
-    lived = weights > 0
-    sizes = rewards[lived & (rewards != 0)].abs()
+    rewards, said_rewards, discounts, said_discounts = torch.cat(columns, 1)
+    sizes = rewards[rewards != 0].abs()
     least = float(sizes.min()) / 2 if len(sizes) else 0.5
-    found = {
-        "reward": _agreement((rewards != 0) & lived, (said_rewards.abs() >= least) & lived),
-        "end": _agreement((discounts < 0.5) & lived, (said_discounts < 0.5) & lived),
+    return {
+        "reward": _agreement(rewards != 0, said_rewards.abs() >= least),
+        "end": _agreement(discounts < 0.5, said_discounts < 0.5),
+        "reward_absolute_error": float((said_rewards - rewards).abs().mean()),
+        "transitions": len(rewards),
     }
-    error = (said_rewards - rewards).abs()[lived]
-    return {**found, "reward_absolute_error": float(error.mean()) if len(error) else None, "transitions": int(lived.sum())}
+
+
+def _spread(data: ClipData, clips: int, steps: int, lead: int) -> Iterator[Clip]:
+    """So many clips at even distances, a batch at a time."""
+    there = data.starts(steps, lead)
+    most = min(clips, there)
+    for first in range(0, most, BATCH):
+        chosen = torch.arange(first, min(first + BATCH, most))
+        yield data.clips(chosen * there // most, steps, lead)
 
 
 def _agreement(happened: Tensor, said: Tensor) -> dict[str, Any]:
@@ -86,26 +92,25 @@ def counterfactuals(simulator: Simulator, data: ClipData, env: VectorEnv, part: 
         simulator (`recall`); of the pairs that are the same there, the share that is here (`specificity`); `overlap` (intersection over
         union of the pixels that differ); `correlation` of the differences. None where an episode ends too near in every lane.
     """
-    assert step >= simulator.context_frames - 1, f"step {step} has no {simulator.context_frames} frames before it"
     actions, seed = data.actions(part), data.parts[part]["env_seed"]
     context = simulator.context_frames - 1
-    known = data.clips_at(part, step - context, context + HELD_STEPS)
-    alive = ~known.last[:, :context].any(1)
+    known = data.clips_at(part, step, context + 1, context)
     start = Clip(known.frames[:, : context + 1], *(piece[:, :context] for piece in known[1:]))
+    alive = torch.ones(data.lanes, dtype=torch.bool)
     state, truth, said = simulator.start(start), [], []
     for action in range(env.spec.num_actions):
         live = env.reset(seed)
         for t in range(step):
             live = env.step(actions[t])
-        assert torch.equal(live.obs[alive].cpu(), known.frames[alive, context]), "the live world is not the recorded one"
+        assert torch.equal(live.obs.cpu(), known.frames[:, context]), "the live world is not the recorded one"
         chosen = torch.full((data.lanes,), action)
         branch, pictures, foretold = state, [], []
-        for _ in range(HELD_STEPS):
+        for held in range(HELD_STEPS):
+            alive = alive & ~(live.last.cpu() & (held > 0))
             live = env.step(chosen)
             pictures.append(live.next_obs.cpu())
             branch, frame, _, _ = simulator.step(branch, chosen)
             foretold.append(frame.cpu())
-            alive = alive & ~live.last.cpu()
         truth.append(torch.stack(pictures, 1))
         said.append(torch.stack(foretold, 1))
     if not alive.any():

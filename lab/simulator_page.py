@@ -8,7 +8,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from lab.curves import Series, line_chart
+import numpy as np
+
+from lab.curves import Mark, Series, line_chart
 from lab.report import frame
 
 CURVES = {
@@ -33,7 +35,7 @@ def _errors(results: Mapping[str, Mapping[str, Any]]) -> str:
     charts = []
     for key, words in CURVES.items():
         series = [
-            Series(name, range(1, len(found["errors"][key]) + 1), found["errors"][key], colour=index)
+            Series(name, range(1, len(found["errors"][key]) + 1), np.array(found["errors"][key], np.float64), colour=index)
             for index, (name, found) in enumerate(results.items())
         ]
         charts.append(line_chart(words, series, x_name="steps ahead", tall=key == "psnr"))
@@ -41,15 +43,17 @@ def _errors(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _control(results: Mapping[str, Mapping[str, Any]]) -> str:
-    series = []
+    series, marks = [], {}
     for index, (name, found) in enumerate(results.items()):
-        scores = found.get("control")
+        scores = dict(found.get("control") or {})
         if scores:
+            marks["random play"] = scores.pop("random")["mean"]
             every = sorted(int(steps) for steps in scores)
             series.append(Series(name, every, [scores[str(steps)]["mean"] for steps in every], colour=index, style="dots"))
     if not series:
         return ""
-    return "<h2>Playing on foretold frames</h2>" + line_chart("Mean return", series, x_name="steps between two true frames", tall=True)
+    drawn = [Mark(name, value) for name, value in marks.items()]
+    return "<h2>Playing on foretold frames</h2>" + line_chart("Mean return", series, drawn, "steps between two true frames", tall=True)
 
 
 def _table(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -61,8 +65,8 @@ def _table(results: Mapping[str, Mapping[str, Any]]) -> str:
         ("recall", lambda found: _share(found["events"]["reward"]["recall"])),
         ("end precision", lambda found: _share(found["events"]["end"]["precision"])),
         ("recall", lambda found: _share(found["events"]["end"]["recall"])),
-        ("actions tell", lambda found: _share((found.get("counterfactuals") or {}).get("recall"))),
-        ("where they do", lambda found: _share((found.get("counterfactuals") or {}).get("overlap"))),
+        ("actions told apart", lambda found: _share((found.get("counterfactuals") or {}).get("recall"))),
+        ("overlap", lambda found: _share((found.get("counterfactuals") or {}).get("overlap"))),
         ("steps/s", lambda found: f"{found['steps_per_second']:,.0f}" if found.get("steps_per_second") else "—"),
     )
     head = "".join(f"<th>{name}" for name, _ in columns)
@@ -91,7 +95,7 @@ def _counterfactual_note(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _at(found: Mapping[str, Any], steps: int) -> str:
     values = found["errors"]["psnr"]
-    return f"{values[steps - 1]:.1f}" if len(values) >= steps else "—"
+    return f"{values[steps - 1]:.1f}" if len(values) >= steps and values[steps - 1] is not None else "—"
 
 
 def _share(value: float | None) -> str:

@@ -64,10 +64,10 @@ def refused(folder, match, **knobs):
     assert "\n" not in str(caught.value)
 
 
-def rows_by_hand(steps):
+def rows_by_hand(steps, widths=(1, 4, 20)):
     """Every (lane, start) of a part with its pictures, actions, rewards, discounts and last, as a slow loop says."""
     parts = {}
-    for width in (1, 4, 20):
+    for width in widths:
         for start in range(len(steps) - width + 1):
             for lane in range(LANES):
                 frames, rest, alive = [steps[start][0].obs[lane]], [], True
@@ -102,6 +102,33 @@ def test_every_clip_is_what_was_played(folder, width):
                 index += 1
     assert index == data.starts(width)
     assert [tensor.dtype for tensor in clips] == [torch.uint8, torch.int64, torch.float32, torch.float32, torch.bool]
+
+
+@pytest.mark.parametrize(("lead", "ahead"), [(0, 3), (3, 1), (5, 4)])
+def test_what_leads_to_a_step_stands_still_before_its_episode(folder, lead, ahead):
+    """Rows enumerate the steps with `ahead` transitions to come; their first `lead` transitions go back as far as the episode had begun."""
+    data, index = ClipData(folder), 0
+    clips = data.clips(torch.arange(data.starts(lead + ahead, lead)), lead + ahead, lead)
+    for steps in PARTS:
+        rest = rows_by_hand(steps, (ahead,))
+        for start in range(len(steps) - ahead + 1):
+            for lane in range(LANES):
+                frames, told = list(rest[ahead, start, lane][0]), list(rest[ahead, start, lane][1])
+                for t in range(start - 1, start - 1 - lead, -1):
+                    begun = t >= 0 and not any(bool(steps[u][2].last[lane]) for u in range(t, start))
+                    frames.insert(0, steps[t][0].obs[lane] if begun else frames[0])
+                    _, action, after = steps[t]
+                    lived = int(action[lane]), float(after.reward[lane]), float(after.discount[lane]), False
+                    told.insert(0, lived if begun else STILL)
+                assert torch.equal(clips.frames[index], torch.stack(frames)), (start, lane)
+                torch.testing.assert_close(list(zip(*(tensor[index].tolist() for tensor in clips[1:]))), told, rtol=0, atol=1e-7)
+                index += 1
+    assert index == data.starts(lead + ahead, lead)
+    at = data.clips_at(1, 7, lead + ahead, lead)
+    assert torch.equal(at.frames, clips.frames[LANES * (41 - ahead + 1) + 7 * LANES :][:LANES])
+
+
+STILL = (0, 0.0, 1.0, False)
 
 
 def test_frames_are_the_observations_in_the_order_of_play(folder):

@@ -209,10 +209,10 @@ class Numbers:
     def __len__(self):
         return 100
 
-    def starts(self, steps):
+    def starts(self, steps, lead):
         return 100 - steps
 
-    def clips(self, indices, steps):
+    def clips(self, indices, steps, lead):
         frames = indices.to(torch.uint8).view(-1, 1, 1, 1, 1).expand(-1, steps + 1, 1, 1, 1)
         zeros = torch.zeros(len(indices), steps)
         return Clip(frames, zeros.long(), zeros, zeros, zeros.bool())
