@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def run(cfg: DictConfig) -> int:
     known = max(one.context_frames for one in simulators.values())
     horizon = _fitting_horizon(data, judge["horizon"])
     world = world_of(whole) if judge["moments"] or judge["control_run"] else None
-    player = _player(judge["control_run"], whole, device) if judge["control_run"] else None
+    player = _player(judge["control_run"], whole) if judge["control_run"] else None
     target = find_folder(names[0], "run") / "evaluations" / f"simulator-seed-{settings['seed']}"
     if target.is_symlink():
         raise UserError(f"{target} is a link, and a run folder holds none")
@@ -89,9 +89,10 @@ def checked(judge: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_simulator(name: str, data: ClipData, device: torch.device) -> tuple[str, Simulator, float | None]:
-    """(the model's name, the fitted simulator, the share of `data` that its fit held out, None where it was fitted to other clips).
+    """(the model's name, the fitted simulator, the share of `data`, recorded last, that its fit has not seen).
 
-    UserError where the run fitted no simulator, or one of other pictures or actions.
+    The share is None where it was fitted to other clips; of a folder that has grown since, it is what came later. UserError where the run
+    fitted no simulator, or one of other pictures or actions.
     """
     folder = find_folder(name, "run")
     settings = read_config(folder)
@@ -106,7 +107,16 @@ def load_simulator(name: str, data: ClipData, device: torch.device) -> tuple[str
         raise UserError(f"run={name} simulates pictures of {shape} under {actions} actions, and {data.folder} holds {theirs}")
     model = build(settings["simulator"], "simulator", obs_shape=shape, num_actions=actions, device=device)
     model.load_state_dict(loaded.state["model"])
-    return settings["choices"]["simulator"], model, settings["fit"]["heldout"] if loaded.state["data"] == data.digest else None
+    return settings["choices"]["simulator"], model, _unseen(data, loaded.state["parts"], settings["fit"]["heldout"])
+
+
+def _unseen(data: ClipData, fitted: Sequence[str], heldout: float) -> float | None:
+    """The share of `data` that was held out of a fit to parts of these checksums; None where they are others."""
+    parts = data.checksums
+    if list(fitted) != parts[: len(fitted)]:
+        return None
+    later = sum(part["steps"] for part in data.parts[len(fitted) :])
+    return later / sum(part["steps"] for part in data.parts) if later else heldout
 
 
 def world_of(data: ClipData) -> dict[str, Any]:
@@ -117,9 +127,10 @@ def world_of(data: ClipData) -> dict[str, Any]:
     return {"env": node, "protocol": {"name": protocol} if protocol else None, "choices": {"env": data.source.get("env")}}
 
 
-def _player(name: str, data: ClipData, device: torch.device) -> Agent:
-    """The trained agent of a run, in training on the same pictures. UserError where it sees others."""
+def _player(name: str, data: ClipData) -> Agent:
+    """The trained agent of a run, on the CPU. UserError where it sees other pictures than those of `data`."""
     folder, settings, loaded = load_trained(name)
+    device = torch.device("cpu")
     env = make_env(settings, 1, device)
     env.close()
     if (env.spec.obs_shape, env.spec.num_actions) != (data.obs_shape, data.num_actions):

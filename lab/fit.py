@@ -259,7 +259,7 @@ class Fitting:
             "stretch": self.stretch,
             "obs_shape": list(self.data.obs_shape),
             "num_actions": self.data.num_actions,
-            "data": self.data.digest,
+            "parts": self.data.checksums,
             "logs": dict(self.log.position()),
             "model": dict(self.model.state_dict()),
             "fitter": self.fitter.state_dict(),
@@ -283,7 +283,7 @@ class Fitting:
 
     def _unfinished(self) -> dict[str, Any]:
         """What a resumed fit may not change: its settings but for the number of updates, and what it is fitted to."""
-        return {**self.settings, "fit": {key: value for key, value in self.knobs.items() if key != "updates"}, "data": self.data.digest}
+        return {**self.settings, "fit": {key: value for key, value in self.knobs.items() if key != "updates"}, "data": self.data.checksums}
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self._interrupts += 1

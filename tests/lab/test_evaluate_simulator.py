@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 import torch
@@ -95,6 +96,25 @@ def test_clips_of_another_folder_are_judged_as_a_whole_and_seen_ones_are_called_
     assert "its figures are on what it has seen" in capsys.readouterr().out
 
 
+def test_of_a_folder_that_has_grown_only_what_came_later_is_unseen(place, tmp_path):
+    shutil.copytree(place / "clips", tmp_path / "clips")
+    more = [
+        "job=collect",
+        "env=Catch",
+        "env.size=5",
+        "num_envs=4",
+        "frames=1_200",
+        "frames_per_iteration=200",
+        f"data={tmp_path / 'clips'}",
+    ]
+    assert launch.main(more) == 0
+    for run in ("acting", "all"):
+        _, found = judge(place, run, f"data={tmp_path / 'clips'}")
+        assert found["settings"]["frames"] == 400
+    kept = ClipData(tmp_path / "clips").split(1 / 3)[1].ranges
+    assert [(part.part, part.start, part.stop) for part in kept] == [(4, 0, 50), (5, 0, 50)]
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -131,8 +151,6 @@ def test_pictures_of_another_size_are_refused_with_both(place, capsys, tmp_path)
 
 
 def test_a_strangers_manifest_names_no_code_that_is_not_ours(place, capsys, tmp_path):
-    import shutil
-
     shutil.copytree(place / "clips", tmp_path / "clips")
     path = tmp_path / "clips" / "manifest.json"
     manifest = json.loads(path.read_text())
