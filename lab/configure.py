@@ -56,6 +56,8 @@ def compose(words: list[str], configs: Path = CONFIGS) -> DictConfig:
         for key in typed:
             if key.partition(".")[0] in OF_WORLDS:
                 raise UserError(f"{key}={typed[key]}: run= plays its own agent in its own world (collect.obs= shows it otherwise)")
+    if {"model", "simulator"} <= set(typed):
+        raise UserError(f"model={typed['model']} simulator={typed['simulator']}: one fit, one model; leave one of them out")
     words = [_quoted(key, value) for key, value in typed.items()]
     if typed.get("resume", "null") != "null":
         return _resumed(typed)

@@ -93,8 +93,13 @@ class Fitting:
     """
 
     def __init__(self, settings: dict[str, Any], device: torch.device, folder: Path | None) -> None:
-        self.settings, self.device, self.knobs = settings, device, settings["fit"]
+        self.device, self.knobs = device, settings["fit"]
         self.job = "simulator" if settings.get("simulator") else "model"
+        if self.job == "simulator":  # what is not fitted is not told
+            settings = {**settings, "choices": {**settings["choices"]}}
+            for left_out in (settings, settings["choices"]):
+                left_out.pop("model", None)
+        self.settings = settings
         self.name = settings["choices"][self.job]
         self.data = ClipData(Path(settings["data"]))
         self.phases = phases_of(self.knobs)
@@ -106,6 +111,11 @@ class Fitting:
         self.simulates = isinstance(self.model, Simulator)
         if self.job == "simulator" and not self.simulates:
             raise UserError(f"simulator={self.name}: a {type(self.model).__name__} is no simulator")
+        for phase in self.phases if self.simulates else ():
+            least = self.model.context_frames - 1 + phase.horizon
+            if phase.window_steps is not None and phase.window_steps < least:
+                known = f"{self.model.context_frames} known frames and a horizon of {phase.horizon}"
+                raise UserError(f"fit.window_steps={phase.window_steps} is too short: {known} need {least} at least")
         judged = self.simulates or isinstance(self.model, Density)
         self.held: ClipData | None
         self.fitted, self.held = self.data.split(self.knobs["heldout"]) if self.knobs["heldout"] and judged else (self.data, None)

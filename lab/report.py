@@ -118,7 +118,7 @@ def _name(run: Run, episodes: list[dict[str, Any]]) -> None:
     from_name = re.fullmatch(r"([A-Za-z]\w*)-([A-Za-z]\w*)-(\d+)-.*", run.folder.resolve().name)
     spare = from_name.groups() if from_name else ("", "", "")
     run.job = _word(choices.get("job")) or _word(config.get("job")) or "train"
-    model = _word(choices.get("model"))
+    model = _word(choices.get("simulator")) or _word(choices.get("model"))
     run.agent = model if run.job == "fit" and model else _word(choices.get("agent")) or _word(config.get("agent")) or spare[0]
     run.env = _word(choices.get("env")) or _word(config.get("env")) or spare[1]
     protocols = [str(episode["protocol"]) for episode in episodes[-1:] if episode.get("protocol")]

@@ -139,7 +139,8 @@ def films(run: Run) -> str:
         else:
             links.append(f'<a href="videos/{quote(path.name)}">{name}</a>')
     more = f'<p class="note">Also on disk: {", ".join(links[-24:])}</p>' if links else ""
-    return f'<h2>How it plays</h2><div class="films">{"".join(figures)}</div>{more}'
+    heading = "What it foretells" if run.job == "fit" else "How it plays"
+    return f'<h2>{heading}</h2><div class="films">{"".join(figures)}</div>{more}'
 
 
 def time_budget(run: Run) -> str:
@@ -317,7 +318,7 @@ def _seconds_per_row(run: Run, frames: Floats) -> Floats:
 def _small(run: Run, names: Iterable[str], x_name: str = "frames") -> list[str]:
     shown = [name for name in names if name != "fit/update"][:MOST_CHARTS]
     charts = [
-        line_chart(_words(name), [Series(_words(name), *run.columns[name], colour=i)], x_name=x_name, percent="rate" in name.split("_"))
+        line_chart(_words(name), [Series(_words(name), *run.columns[name], colour=i)], x_name=x_name, percent=name.endswith("hit_rate"))
         for i, name in enumerate(shown)
     ]
     return [chart for chart in charts if chart]

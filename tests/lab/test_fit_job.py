@@ -137,6 +137,9 @@ def test_a_resumed_fit_refuses_what_it_may_not_change(tmp_path, clips, capsys):
         (["fit.horizon=0"], "fit.horizon"),
         (["fit.checkpoint_updates=0"], "fit.checkpoint_updates"),
         (["simulator=vae"], "no simulator"),
+        (["simulator=small_feedforward", "model=vae"], "one fit, one model"),
+        (["simulator=last_frame"], "nothing to fit"),
+        (["simulator=small_recurrent", "fit.horizon=3", "fit.window_steps=12"], "fit.window_steps=12 is too short: 11 known frames"),
         (["model=random_projection"], "nothing to fit"),
     ],
 )
@@ -149,3 +152,29 @@ def test_held_out_figures_fall_back_to_nothing_where_none_are_held(tmp_path, cli
     folder = fit(tmp_path, clips, "all", "model=nade", "fit.updates=3", "fit.heldout=0")
     assert "heldout" not in (folder / "metrics.jsonl").read_text()
     assert torch.isfinite(torch.tensor(metrics(folder)[-1]["fit/nade_loss"]))
+
+
+def test_a_simulator_is_fitted_by_its_curriculum_and_goes_on_bit_for_bit(tmp_path, clips):
+    """Feed-forward and recurrent, with windows of their own; the report calls it by its name."""
+    phases = "fit.phases=[{updates:3},{updates:3,horizon:3,window_steps:13,learning_rate:1e-4}]"
+    for name in ("small_feedforward", "small_recurrent"):
+        words = [f"simulator={name}", "simulator.hidden=16", "simulator.factors=16", phases, "fit.warmup_updates=2"]
+        straight = fit(tmp_path, clips, f"{name}-straight", *words)
+        rows = metrics(straight)
+        assert [row["fit/horizon"] for row in rows] == [1, 1, 1, 3, 3, 3]
+        assert {f"fit/heldout_psnr_{horizon}" for horizon in (1, 3, 5)} <= set(rows[-1])
+        assert (straight / "images" / "rollouts.png").exists()
+        assert (straight / "videos" / "rollouts.mp4").exists()
+        report = (straight / "report.html").read_text()
+        assert f"<h1>{name} <span>fitted</span></h1>" in report
+        assert "What it foretells" in report
+        model = state_of(straight)["model"]
+        assert model["mean_image"].abs().max() > 0
+        stopped = fit(tmp_path, clips, f"{name}-stopped", *words)
+        for part in ("checkpoint", "checkpoint.previous"):  # as if it had been stopped after the first stretch
+            (stopped / part).rename(stopped / f"{part}.moved")
+        (stopped / "checkpoint.previous.moved").rename(stopped / "checkpoint")
+        assert state_of(stopped)["fitter"]["update"] == 3
+        assert launch.main([f"resume={stopped}"]) == 0
+        assert_equal(state_of(straight), state_of(stopped))
+        assert metrics(straight) == metrics(stopped)
