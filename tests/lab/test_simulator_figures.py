@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import launch
+from agents.api import Decision
 from agents.loop import evaluate
+from envs.api import Step
 from envs.stats import EpisodeStats
 from envs.toy import Catch
 from generative.clips import ClipData
@@ -52,8 +54,6 @@ class Optimal:
         return None
 
     def act(self, step, carry, explore):
-        from agents.api import Decision
-
         _, column, paddle = Perfect().start(type("Clip", (), {"frames": step.obs[:, None]})())
         return Decision((column - paddle).sign() + 1, None, {})
 
@@ -147,6 +147,49 @@ def test_playing_on_foretold_frames(data):
     expected = [1.0 if int(column) in walls.tolist() else -1.0 for column in columns]
     assert blind == expected
     assert control_score(Perfect(), env, agent, 100, 5, SIZE - 2) == [0.0] * 64  # stopped before the ball has landed
+
+
+class Clock:
+    """Two lanes whose episodes last two and five steps; each picture shows the step of its episode, each step gives 1."""
+
+    num_envs, lengths = 2, torch.tensor([2, 5])
+
+    def reset(self, seed):
+        self.time = torch.zeros(2, dtype=torch.int64)
+        return self._step(torch.ones(2, dtype=torch.bool))
+
+    def step(self, action):
+        self.time = (self.time + 1) % self.lengths
+        return self._step(self.time == 0)
+
+    def _step(self, last):
+        obs = self.time.to(torch.uint8)[:, None, None, None].expand(2, 1, 3, 3)
+        return Step(obs, torch.ones(2), 1 - last.float(), last, obs)
+
+
+class Witness:
+    """Notes what it is shown; remembers how many steps of its episode it has seen."""
+
+    def __init__(self):
+        self.shown = []
+
+    def initial(self, num_envs):
+        return torch.zeros(num_envs, dtype=torch.int64)
+
+    def act(self, step, carry, explore):
+        carry = torch.where(step.last, 0, carry)
+        self.shown.append((step.obs[:, 0, 0, 0].tolist(), carry.tolist()))
+        return Decision(torch.zeros(len(carry), dtype=torch.int64), carry + 1, {})
+
+
+def test_lanes_are_told_the_truth_where_they_open_and_count_their_first_episode_alone():
+    agent = Witness()
+    assert control_score(LastFrame((1, 3, 3), 1, "cpu"), Clock(), agent, 3, 0, 50) == [2.0, 5.0]
+    acted_on = [agent.shown[call] for call in (0, 2, 4, 5, 7)]  # calls 1, 3 and 6 are of one who is told the truth at every step
+    assert [frames for frames, _ in acted_on] == [[0, 0], [0, 0], [0, 0], [1, 3], [0, 3]]
+    assert [memory for _, memory in acted_on] == [[0, 0], [1, 1], [0, 2], [1, 3], [0, 4]]
+    assert [agent.shown[call][0] for call in (1, 3, 6)] == [[1, 1], [0, 2], [0, 4]]
+    assert len(agent.shown) == 8
 
 
 def test_speed_counts_lanes(data):
