@@ -168,7 +168,7 @@ class Clock:
 
 
 class Witness:
-    """Notes what it is shown; remembers how many steps of its episode it has seen."""
+    """Notes what it is shown; remembers the sum of the pictures of its episode."""
 
     def __init__(self):
         self.shown = []
@@ -178,8 +178,9 @@ class Witness:
 
     def act(self, step, carry, explore):
         carry = torch.where(step.last, 0, carry)
-        self.shown.append((step.obs[:, 0, 0, 0].tolist(), carry.tolist()))
-        return Decision(torch.zeros(len(carry), dtype=torch.int64), carry + 1, {})
+        seen = step.obs[:, 0, 0, 0].long()
+        self.shown.append((seen.tolist(), carry.tolist()))
+        return Decision(torch.zeros(len(carry), dtype=torch.int64), carry + seen, {})
 
 
 def test_lanes_are_told_the_truth_where_they_open_and_count_their_first_episode_alone():
@@ -187,7 +188,7 @@ def test_lanes_are_told_the_truth_where_they_open_and_count_their_first_episode_
     assert control_score(LastFrame((1, 3, 3), 1, "cpu"), Clock(), agent, 3, 0, 50) == [2.0, 5.0]
     acted_on = [agent.shown[call] for call in (0, 2, 4, 5, 7)]  # calls 1, 3 and 6 are of one who is told the truth at every step
     assert [frames for frames, _ in acted_on] == [[0, 0], [0, 0], [0, 0], [1, 3], [0, 3]]
-    assert [memory for _, memory in acted_on] == [[0, 0], [1, 1], [0, 2], [1, 3], [0, 4]]
+    assert [memory for _, memory in acted_on] == [[0, 0], [0, 0], [0, 0], [0, 3], [0, 6]]
     assert [agent.shown[call][0] for call in (1, 3, 6)] == [[1, 1], [0, 2], [0, 4]]
     assert len(agent.shown) == 8
 
