@@ -154,7 +154,8 @@ def control_score(simulator: Simulator, env: VectorEnv, agent: Agent, every: int
         truth = agent.act(step, memory, explore=False)
         if told.any():
             state = _pick(told, simulator.start(_history(known, acted)), state)
-            shown, carry = _pick(told, step.obs, shown), _pick(told, memory, carry)
+            shown = _pick(told, step.obs, shown)
+        # an agent forgets by itself where an episode opens, so it needs its memory of the truth only where all lanes are told
         decision = truth if told.all() else agent.act(step._replace(obs=shown), carry, explore=False)
         state, foretold, _, _ = simulator.step(state, decision.action)
         memory, carry, shown = truth.carry, decision.carry, foretold.to(step.obs.device)
