@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 
-from agents.api import Decision, Metrics
+from agents.api import Decision
+from agents.unlearned import Unlearned
 from envs.api import Spec, Step
 
 
-class RandomAgent:
+class RandomAgent(Unlearned):
     """Uniformly random actions, drawn from torch's default generator."""
 
     def __init__(self, spec: Spec, device: torch.device) -> None:
@@ -24,18 +22,3 @@ class RandomAgent:
     def act(self, step: Step, carry: None, explore: bool) -> Decision:
         action = torch.randint(self._num_actions, (step.last.shape[0],), device=self._device)
         return Decision(action, None, {})
-
-    def observe(self, step: Step, decision: Decision, after: Step) -> None:
-        pass
-
-    def learn(self) -> Metrics:
-        return {}
-
-    def required_bytes(self, steps: int) -> int:
-        return 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        pass

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from agents.api import Decision, Metrics
+from agents.api import Decision
+from agents.unlearned import Unlearned
 from envs.api import Spec, Step, UserError
 
 MOST_STEPS = 100_000
@@ -32,7 +31,7 @@ def script(text: str, names: tuple[str, ...]) -> list[int]:
     return steps
 
 
-class ScriptedAgent:
+class ScriptedAgent(Unlearned):
     """Plays the actions one after another, from the first at every episode's start and after the last.
 
     Args:
@@ -50,18 +49,3 @@ class ScriptedAgent:
     def act(self, step: Step, carry: Tensor, explore: bool) -> Decision:
         played = torch.where(step.last, 0, carry)
         return Decision(self._actions[played % len(self._actions)], played + 1, {})
-
-    def observe(self, step: Step, decision: Decision, after: Step) -> None:
-        pass
-
-    def learn(self) -> Metrics:
-        return {}
-
-    def required_bytes(self, steps: int) -> int:
-        return 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        pass
