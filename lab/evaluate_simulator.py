@@ -101,6 +101,8 @@ def load_simulator(name: str, data: ClipData, device: torch.device) -> tuple[str
     loaded = checkpoint.load(folder)
     for warning in loaded.warnings:
         print(warning)
+    if not {"obs_shape", "num_actions", "parts", "model"} <= set(loaded.state):
+        raise UserError(f"run={name}: its checkpoint does not say what it was fitted to; fit it anew")
     shape, actions = tuple(loaded.state["obs_shape"]), loaded.state["num_actions"]
     if (shape, actions) != (data.obs_shape, data.num_actions):
         theirs = f"pictures of {data.obs_shape} and {data.num_actions} actions"

@@ -10,6 +10,7 @@ import torch
 import launch
 from generative.clips import ClipData
 from generative.last_frame import LastFrame
+from lab import checkpoint
 from lab.simulator_figures import picture_errors
 
 SMALL = ["judge.horizon=5", "judge.clips=20", "judge.event_clips=100", "judge.moments=2"]
@@ -139,6 +140,15 @@ def test_mistakes_are_one_line(place, capsys, words, expected):
     assert launch.main(["job=evaluate_simulator", *told.values()]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert expected in line
+
+
+def test_a_checkpoint_that_does_not_say_what_it_was_fitted_to_is_refused(place, capsys, tmp_path):
+    shutil.copytree(place / "acting", tmp_path / "acting")
+    state = checkpoint.load(tmp_path / "acting").state
+    del state["parts"]
+    checkpoint.save(tmp_path / "acting", state)
+    assert launch.main(["job=evaluate_simulator", f"run={tmp_path / 'acting'}", f"data={place / 'clips'}"]) == 2
+    assert "does not say what it was fitted to" in capsys.readouterr().err
 
 
 def test_pictures_of_another_size_are_refused_with_both(place, capsys, tmp_path):
