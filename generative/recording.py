@@ -21,7 +21,7 @@ from torch import Tensor
 from envs.api import Spec, Step, UserError
 from generative.clips import BLOCK, FORMAT, MANIFEST, PART_NAME, PICTURES, STEPS, VERSION, read_manifest
 
-LEVEL = 1  # of zstd; on raw Atari pictures 60 to 110 times smaller, at 17,000 pictures of 210x160 a second and more
+LEVEL = 1  # of zstd; raw pictures of five Atari games became 23 to 840 times smaller, at 17,000 of 210x160 a second and more
 
 
 class ClipWriter:
