@@ -40,9 +40,7 @@ def fastest_torso(obs_shape: tuple[int, int, int], frames: int, precision: str, 
 
 def half_is_fast() -> bool:
     """Whether this processor has AVX-512 FP16 and nothing better (AMX tiles, which multiply bfloat16)."""
-    from llvmlite import binding
-
-    return bool(binding.get_host_cpu_features().get("avx512fp16")) and not torch.cpu._is_amx_tile_supported()
+    return half_kernel.native() and not torch.cpu._is_amx_tile_supported()
 
 
 def share_threads() -> None:

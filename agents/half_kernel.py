@@ -16,7 +16,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -27,6 +27,12 @@ LONGEST_SUM = 128
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _HALF, _HALVES, _HALVES16 = ir.HalfType(), ir.VectorType(ir.HalfType(), LANES), ir.VectorType(ir.HalfType(), LANES // 2)
 _FLOATS = ir.VectorType(ir.FloatType(), LANES // 2)
+
+
+@cache
+def native() -> bool:
+    """Whether this processor computes with halves (AVX-512 FP16)."""
+    return bool(binding.get_host_cpu_features().get("avx512fp16"))
 
 
 class _Writer:
@@ -59,8 +65,16 @@ class _Writer:
         return self.builder.shuffle_vector(single, undefined, ir.Constant(ir.VectorType(_I32, LANES // 2), [0] * (LANES // 2)))
 
     def multiply_add(self, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
-        kind = ir.FunctionType(_HALVES, [_HALVES] * 3)
-        return self.builder.call(cgutils.get_or_insert_function(self.builder.module, kind, "llvm.fma.v32f16"), [x, y, z])
+        """x y + z, rounded to halves: at once or, without AVX-512 FP16, by way of float32, which holds the products exactly."""
+        if native():
+            return self._fused([x, y, z], _HALVES, "llvm.fma.v32f16")
+        parts = zip(self.widen(x), self.widen(y), self.widen(z))
+        low, high = (self.builder.fptrunc(self._fused(list(part), _FLOATS, "llvm.fma.v16f32"), _HALVES16) for part in parts)
+        return self.builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(_I32, LANES), list(range(LANES))))
+
+    def _fused(self, parts: list[ir.Value], kind: ir.Type, name: str) -> ir.Value:
+        function = cgutils.get_or_insert_function(self.builder.module, ir.FunctionType(kind, [kind] * 3), name)
+        return self.builder.call(function, parts)
 
     def widen(self, halves: ir.Value) -> list[ir.Value]:
         """Two vectors of 16 float32."""
