@@ -205,7 +205,7 @@ class ActorCritic:
             noise = torch.empty_like(out.logits[0]).exponential_()
             action = (out.logits[0] - noise.log_()).argmax(1)  # a sample of softmax(logits), by the Gumbel trick
         self._latest = Latest(step.obs, carry, out.value[0])
-        notes = seen if out.course is None else {**seen, "plan_noise": out.course.noise[0]}
+        notes = {**seen, **carry._asdict()} if out.course is None else {**seen, **carry._asdict(), "plan_noise": out.course.noise[0]}
         return Decision(action, Carry(stack, out.state), notes if explore else {})
 
     def observe(self, step: Step, decision: Decision, after: Step) -> None:

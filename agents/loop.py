@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -52,7 +52,7 @@ def ticks_for(frames: int, env: VectorEnv) -> int:
     return -(-frames // (env.num_envs * env.spec.frames_per_step))
 
 
-def play(env: VectorEnv, agent: Agent, frames: int, seed: int) -> Generator[Tick, bool | None, None]:
+def play(env: VectorEnv, agent: Agent, frames: int, seed: int, begun: tuple[Step, Any] | None = None) -> Generator[Tick, bool | None, None]:
     """Plays at least `frames` environment frames from a fresh reset, learning on the way; the last step is cut.
 
     A listener that wants to end early sends True: one more tick is played, as the last, and comes back from `send` (StopIteration where the
@@ -66,9 +66,10 @@ def play(env: VectorEnv, agent: Agent, frames: int, seed: int) -> Generator[Tick
         agent: acts with explore=True.
         frames: the budget of all lanes together, rounded up to whole ticks.
         seed: the environment's seed.
+        begun: the step to act on next and the carry to do it with, of an environment that has been reset, instead of a reset with `seed`.
     """
     began = perf_counter()
-    step, carry = env.reset(seed), agent.initial(env.num_envs)
+    step, carry = begun or (env.reset(seed), agent.initial(env.num_envs))
     resetting = perf_counter() - began
     frames_per_tick = env.num_envs * env.spec.frames_per_step
     ticks = ticks_for(frames, env)

@@ -73,6 +73,8 @@ class Batch(NamedTuple):
 class Rollout:
     """Holds up to `length` steps of all lanes. Nothing is copied before `take`: a Step's tensors are never written again.
 
+    The notes of a decision name the carry that it was made with by the fields of `Carry`.
+
     It is full after `length` steps, or where all lanes were cut at once: at an iteration's end, so that nothing outlives it, and where all
     episodes end together, as in A3C, whose workers update when their episode ends.
     """
@@ -81,7 +83,6 @@ class Rollout:
         self.length = length
         self._steps: list[tuple[Step, Decision, Step]] = []
         self._bonus: list[Tensor] = []
-        self._before: Carry | None = None
         self._closed = False
 
     def __len__(self) -> int:
@@ -107,7 +108,7 @@ class Rollout:
     def take(self) -> Batch:
         """All steps; the rollout is empty afterwards."""
         steps, decisions, afters = zip(*self._steps)
-        carry = self._before or Carry(*(torch.zeros_like(part) for part in decisions[0].carry))
+        before = Carry(*(decisions[0].notes[name] for name in Carry._fields))
         final = len(afters) - 1
         successors = [
             Successor(t, after.next_obs, decisions[t].carry, shown=after.next_obs is after.obs)
@@ -117,10 +118,10 @@ class Rollout:
         reward = torch.stack([after.reward for after in afters])
         draws = [decision.notes["plan_noise"] for decision in decisions if "plan_noise" in decision.notes]
         batch = Batch(
-            frames=push_frame(carry.stack, steps[0].obs, steps[0].last)[0],
-            notes=[decision.notes for decision in decisions[1:]],
+            frames=push_frame(before.stack, steps[0].obs, steps[0].last)[0],
+            notes=[{name: part for name, part in decision.notes.items() if name not in Carry._fields} for decision in decisions[1:]],
             opens=torch.stack([step.last for step in steps]),
-            state=carry.state,
+            state=before.state,
             plan_noise=torch.stack(draws) if draws else None,
             action=torch.stack([decision.action for decision in decisions]),
             reward=reward,
@@ -129,7 +130,6 @@ class Rollout:
             last=torch.stack([after.last for after in afters]),
             successors=successors,
         )
-        self._before = None if self._closed else decisions[-1].carry
         self._steps, self._bonus, self._closed = [], [], False
         return batch
 

@@ -35,6 +35,7 @@ class Trajectories:
             raise UserError(f"agent.capacity must be at least 1, got {capacity}")
         self.capacity, self.obs_shape = capacity, obs_shape
         self.lanes = self.ring = 0  # until the first append tells how many lanes there are
+        self._found: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}  # by steps and lead, until the next append
 
     @property
     def bytes_per_slot(self) -> int:
@@ -93,7 +94,8 @@ class Trajectories:
 
     def clips(self, indices: Tensor, steps: int, lead: int = 0) -> Clip:
         """int64 (n), each within 0 .. starts(steps, lead) - 1 -> a Clip of n rows of `steps` transitions, as `ClipData.clips` makes it."""
-        return self._clips(*(part[indices.numpy()] for part in self._slots(steps, lead)), steps, lead)
+        lanes, numbers = self._slots(steps, lead)
+        return self._clips(lanes[indices.numpy()], numbers[indices.numpy()], steps, lead)
 
     def contexts(self, n: int, length: int, opening: bool = False, generator: torch.Generator | None = None) -> tuple[Clip, Tensor]:
         """What n steps were decided on, drawn with replacement: (a Clip of `length` pictures, int64 (n) how many of them are known).
@@ -110,12 +112,18 @@ class Trajectories:
         known = np.minimum(ages[drawn] + 1, length)
         return self._clips(lanes[drawn], numbers[drawn], length - 1, length - 1), torch.from_numpy(known)
 
+    def sample(self, n: int) -> Tensor:
+        """uint8 (n, C, H, W), pictures that were acted on, drawn with replacement by torch's default generator."""
+        return self._pictures(torch.randint(len(self), (n,)).numpy())
+
     def spread(self, n: int) -> Tensor:
         """uint8 (min(n, len), C, H, W), pictures that were acted on, at even distances."""
+        n = min(n, len(self))
+        return self._pictures(np.arange(n) * len(self) // n)
+
+    def _pictures(self, indices: np.ndarray) -> Tensor:
         lanes, numbers = self._slots(0, 0)
-        n = min(n, len(lanes))
-        drawn = np.arange(n) * len(lanes) // n
-        return self._frames[torch.from_numpy(self._places(lanes[drawn], numbers[drawn]))]
+        return self._frames[torch.from_numpy(self._places(lanes[indices], numbers[indices]))]
 
     def _open(self, lanes: int) -> None:
         """Takes the memory, once it is known for how many lanes."""
@@ -129,7 +137,7 @@ class Trajectories:
         self._written = np.zeros(lanes, np.int64)  # slots since the beginning: a slot's number, its place is that modulo the ring
         self._age = np.zeros(lanes, np.int64)  # of the step to come
         self._cut = np.zeros(lanes, np.int64)  # slots written when the lane's trace was last cut
-        self._found: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+        self._found = {}
 
     def _places(self, lanes: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         return lanes * self.ring + numbers % self.ring
@@ -142,7 +150,7 @@ class Trajectories:
                 written = self._written[lane]
                 oldest = max(0, written - self.ring)
                 number = np.arange(oldest, written)
-                age = self._ages[self._places(np.int64(lane), number)]
+                age = self._ages[lane * self.ring + number % self.ring]
                 whole = (number + steps - lead < written) | (number < self._cut[lane])
                 number = number[(age >= 0) & whole & (number - np.minimum(age, lead) >= oldest)]
                 lanes.append(np.full(len(number), lane))

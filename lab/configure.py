@@ -35,7 +35,7 @@ OF_JOB: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fit": (("data",), ("device", "wandb", "fit.updates")),
 }
 """Of what can be resumed: the keys that its configuration has, and those that may change."""
-OF_WORLDS = ("agent", "env", "protocol", "experiment", "bonus", *MODEL_JOBS)
+OF_WORLDS = ("agent", "inner", "env", "protocol", "experiment", "bonus", *MODEL_JOBS)
 
 
 def compose(words: list[str], configs: Path = CONFIGS) -> DictConfig:
@@ -46,7 +46,7 @@ def compose(words: list[str], configs: Path = CONFIGS) -> DictConfig:
         if word.startswith(("+", "hydra")):
             raise UserError(f"{word}: there is no such key to set (python launch.py --help lists the keys)")
     typed = dict(word.split("=", 1) for word in words)
-    for group in ("job", "agent", "env", "model", "protocol", "bench", "bonus", *MODEL_JOBS):
+    for group in ("job", "agent", "inner", "env", "model", "protocol", "bench", "bonus", *MODEL_JOBS):
         if (group in typed and not re.fullmatch(r"[A-Za-z]\w*", typed[group])) or typed.get(group) == "null":
             raise UserError(f"{group}={typed[group]} is no name; python launch.py --help lists the options")
     for key in OF_RUNS:
@@ -69,7 +69,8 @@ def compose(words: list[str], configs: Path = CONFIGS) -> DictConfig:
         choices = {str(group): choice for group, choice in cfg.hydra.runtime.choices.items() if not str(group).startswith("hydra/")}
         with open_dict(cfg):
             del cfg["hydra"]
-            cfg["choices"] = {group.partition("@")[0]: choice for group, choice in choices.items() if choice is not None}
+            named = sorted(choices.items(), key=lambda item: "@" not in item[0])  # agent is what was chosen, not what is inner to it
+            cfg["choices"] = {group.partition("@")[0]: choice for group, choice in named if choice is not None}
         OmegaConf.resolve(cfg)
     except (HydraException, OmegaConfBaseException, ValueError) as trouble:
         raise UserError(_one_line(trouble, configs, typed)) from trouble
@@ -125,7 +126,7 @@ def _resumed(typed: dict[str, str]) -> DictConfig:
 
 
 def _register(configs: Path) -> None:
-    """Every model under the four job groups and every Atari game as an `env=` option, without importing any of them."""
+    """Every model under the four job groups, every agent as an inner one and every Atari game as a world, without importing any of them."""
     from envs.atari import GAMES
     from envs.protocols import PROTOCOLS
 
@@ -133,6 +134,9 @@ def _register(configs: Path) -> None:
     for path in sorted((configs / "model").glob("*.yaml")):
         for group in MODEL_JOBS:
             store.store(group=group, name=path.stem, node={"defaults": [{"/model@_here_": path.stem}, "_self_"]})
+    for path in sorted((configs / "agent").glob("*.yaml")):
+        if "/inner@" not in path.read_text(encoding="utf-8"):  # an agent that has an inner one is none itself
+            store.store(group="inner", name=path.stem, node={"defaults": [{"/agent@_here_": path.stem}, "_self_"]})
     for name in GAMES:
         store.store(group="env", name=name, node={"defaults": ["atari", "_self_"], "game": name})
     for name in PROTOCOLS:
@@ -226,7 +230,7 @@ def _one_line(trouble: Exception, configs: Path, typed: dict[str, str]) -> str:
     unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
     if unknown:
         key = unknown.group(1)
-        if key in (*MODEL_JOBS, "bonus", "protocol", "model", "agent", "env", "bench"):
+        if key in (*MODEL_JOBS, "bonus", "protocol", "model", "agent", "inner", "env", "bench"):
             if key not in typed and "experiment" in typed:
                 why = "which only Atari has" if key == "protocol" else "which this job, agent or environment does not take"
                 return f"experiment={typed['experiment']} chooses {key}=, {why}; choose another experiment or leave it out"

@@ -40,7 +40,7 @@ PACKAGES = (
 )
 MOST_CONFIG_BYTES = 100_000
 WRITTEN = ("config.yaml", "version.json", "metrics.jsonl", "evaluation.csv", "report.html", "videos", "images", "evaluations", "frames")
-GROUP_OF = {"encoder": "model", "density": "model", "simulator": "model", "planner": "model"}
+GROUP_OF = {"inner": "agent", "encoder": "model", "density": "model", "simulator": "model", "planner": "model"}
 
 
 def as_word(key: str, value: object) -> str:

@@ -123,7 +123,18 @@ def make_agent(cfg: Mapping[str, Any], spec: Spec, device: torch.device) -> tupl
     bonus = make_bonus(cfg, spec, device)
     if bonus is not None:
         jobs["bonus"] = bonus
+    if cfg.get("inner"):
+        jobs["inner"] = _make_inner(cfg, spec, device, jobs)
     return build(cfg["agent"], "agent", spec=spec, device=device, **jobs), jobs
+
+
+def _make_inner(cfg: Mapping[str, Any], spec: Spec, device: torch.device, jobs: Mapping[str, Any]) -> Agent:
+    """The agent that learns within another. UserError, by its own keys, where it cannot be built."""
+    try:
+        inner: Agent = build(cfg["inner"], "inner", spec=spec, device=device, **jobs)
+    except UserError as trouble:
+        raise UserError(str(trouble).replace("agent.", "inner.")) from trouble
+    return inner
 
 
 def free_bytes(device: torch.device) -> int:

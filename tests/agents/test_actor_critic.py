@@ -98,7 +98,6 @@ def test_nothing_outlives_an_iteration():
         for _ in play(env, learner, frames=3 * 7, seed=seed):
             pass
         assert len(learner._rollout) == 0
-        assert learner._rollout._before is None
 
 
 def test_learning_rate_falls_in_frames():
@@ -130,7 +129,7 @@ def test_long_gradients_are_shortened():
 def test_only_training_keeps_what_was_seen():
     learner = agent()
     step = first_step(torch.zeros(2, *SPEC.obs_shape, dtype=torch.uint8))
-    assert set(learner.act(step, learner.initial(2), explore=True).notes) == {"pixels", "map1", "map2", "features"}
+    assert set(learner.act(step, learner.initial(2), explore=True).notes) == {"pixels", "map1", "map2", "features", "stack", "state"}
     assert learner.act(step, learner.initial(2), explore=False).notes == {}
 
 

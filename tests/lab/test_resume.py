@@ -26,6 +26,9 @@ def test_stopped_and_resumed_equals_never_stopped(tmp_path, encoder):
 
 DQN = ["agent=dqn", "agent.capacity=400", "agent.learning_starts_frames=64", "agent.update_frames=16", "agent.target_frames=128"]
 NEC = ["agent=neural_episodic_control", "agent.learning_starts_frames=64", "agent.epsilon_frames=400", "agent.capacity=100", "agent.k=5"]
+DREAMER = ["agent=dreamer", "simulator=small_recurrent", "simulator.hidden=16", "simulator.factors=16", "simulator.context_frames=2"]
+DREAMER += ["agent.learning_starts_frames=200", "agent.train_frames=100", "agent.first_updates=4", "agent.updates=2", "agent.dreams=1"]
+DREAMER += ["agent.dream_envs=4", "agent.batch_size=4", "agent.window_steps=4", "agent.capacity=500"]
 LEARNERS = {
     "a3c": ["agent=a3c"],
     "a3c-lstm": ["agent=a3c", "agent.recurrent=lstm", "agent.learning_rate_frames=3200"],
@@ -37,6 +40,7 @@ LEARNERS = {
     "dqn-hash_counts": [*DQN, "density=hash_counts", "bonus=inverse", "agent.dueling=true"],
     "dqn-nade": [*DQN, "density=nade"],
     "neural_episodic_control": NEC,
+    "dreamer": DREAMER,
     "dqn-vae": [*DQN, "density=vae", "bonus.allow_bound=true"],
 }
 
@@ -171,7 +175,7 @@ def test_killed_before_the_first_checkpoint_starts_anew(tmp_path, capsys):
 
 KILLED = [
     pytest.param([], 20, id="episodic_control"),
-    *(pytest.param(LEARNERS[name], 6, id=name) for name in ("neural_episodic_control", "a3c-straw")),
+    *(pytest.param(LEARNERS[name], 6, id=name) for name in ("neural_episodic_control", "a3c-straw", "dreamer")),
     *(pytest.param(LEARNERS[name], 10, id=name, marks=pytest.mark.slow) for name in ("a3c_plus-cts", "dqn-pixelcnn-eta", "a3c_plus-rnd")),
 ]
 

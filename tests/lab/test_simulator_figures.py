@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from perfect import PerfectCatch
 
 import launch
 from agents.api import Decision
@@ -18,35 +19,6 @@ from lab.simulator_figures import HELD_STEPS, control_score, counterfactuals, ev
 SIZE = 7
 
 
-class Perfect:
-    """Catch itself, read off the picture. `deaf` to actions it always stays; its pictures then lack what actions do."""
-
-    obs_shape, context_frames = (1, SIZE, SIZE), 2
-
-    def __init__(self, deaf=False):
-        self.deaf = deaf
-
-    def start(self, clip):
-        lit = clip.frames[:, -1, 0] > 0
-        rows = lit.any(2)
-        ball_row = torch.where(rows[:, :-1].any(1), rows[:, :-1].int().argmax(1), SIZE - 1)
-        paddle = lit[:, -1].int().argmax(1)
-        ball_column = torch.where(ball_row < SIZE - 1, lit[torch.arange(len(lit)), ball_row].int().argmax(1), paddle)
-        return ball_row, ball_column, paddle
-
-    def step(self, state, action):
-        row, column, paddle = state
-        paddle = (paddle + (0 if self.deaf else action - 1)).clamp(0, SIZE - 1)
-        row = (row + 1).clamp(max=SIZE - 1)
-        landed = row == SIZE - 1
-        reward = torch.where(landed, torch.where(column == paddle, 1.0, -1.0), 0.0)
-        frame = torch.zeros(len(row), 1, SIZE, SIZE, dtype=torch.uint8)
-        lanes = torch.arange(len(row))
-        frame[lanes, 0, row, column] = 255
-        frame[lanes, 0, SIZE - 1, paddle] = 255
-        return (row, column, paddle), frame, reward, (~landed).float()
-
-
 class Optimal:
     """Moves under the ball that it sees."""
 
@@ -54,7 +26,7 @@ class Optimal:
         return None
 
     def act(self, step, carry, explore):
-        _, column, paddle = Perfect().start(type("Clip", (), {"frames": step.obs[:, None]})())
+        _, column, paddle = PerfectCatch(SIZE).start(type("Clip", (), {"frames": step.obs[:, None]})())
         return Decision((column - paddle).sign() + 1, None, {})
 
 
@@ -67,9 +39,11 @@ def data(tmp_path_factory):
 
 
 def test_a_perfect_simulator_makes_no_error_and_a_frozen_one_what_can_be_counted(data):
-    perfect = picture_errors(Perfect(), data, 2, 4, 200)
+    perfect = picture_errors(PerfectCatch(SIZE), data, 2, 4, 200)
     assert perfect["mse"] == [0.0] * 4
-    assert picture_errors(Perfect(), data, 2, 9, 200)["mse"] == [0.0] * (SIZE - 1) + [None] * (10 - SIZE)  # episodes last six steps
+    assert picture_errors(PerfectCatch(SIZE), data, 2, 9, 200)["mse"] == [0.0] * (SIZE - 1) + [None] * (
+        10 - SIZE
+    )  # episodes last six steps
     assert perfect["psnr"] == [100.0] * 4
     assert perfect["ssim"] == pytest.approx([1.0] * 4)
     assert perfect["moving_mse"] == [0.0] * 4
@@ -85,7 +59,7 @@ def test_a_perfect_simulator_makes_no_error_and_a_frozen_one_what_can_be_counted
 
 
 def test_events_are_counted(data):
-    found = event_figures(Perfect(), data, 2, 10_000)
+    found = event_figures(PerfectCatch(SIZE), data, 2, 10_000)
     assert found["reward"]["precision"] == found["reward"]["recall"] == found["end"]["precision"] == found["end"]["recall"] == 1.0
     assert found["reward"]["happened"] == found["end"]["happened"] == found["end"]["foretold"] > 50
     assert found["reward_absolute_error"] == 0.0
@@ -93,27 +67,27 @@ def test_events_are_counted(data):
     assert frozen["end"] == {"happened": found["end"]["happened"], "foretold": 0, "precision": None, "recall": 0.0}
     share = found["reward"]["happened"] / found["transitions"]
     assert frozen["reward_absolute_error"] == pytest.approx(share)
-    deaf = event_figures(Perfect(deaf=True), data, 2, 10_000)  # knows when, and not always what
+    deaf = event_figures(PerfectCatch(SIZE, deaf=True), data, 2, 10_000)  # knows when, and not always what
     assert deaf["reward"]["precision"] == deaf["reward"]["recall"] == 1.0
     assert 0 < deaf["reward_absolute_error"] < 2 * share
 
 
 def test_actions_are_told_apart_where_the_live_world_does(data):
     env = Catch(6, "cpu", SIZE)
-    assert counterfactuals(Perfect(), data, env, 1, 12)["overlap"] == 1.0  # where episodes open
-    found = counterfactuals(Perfect(), data, env, 1, 13)
+    assert counterfactuals(PerfectCatch(SIZE), data, env, 1, 12)["overlap"] == 1.0  # where episodes open
+    found = counterfactuals(PerfectCatch(SIZE), data, env, 1, 13)
     assert found["recall"] == found["overlap"] == 1.0
     assert found["specificity"] in (1.0, None)  # None: no two actions lead to the same
     assert found["correlation"] == pytest.approx(1.0)
     assert 3 <= found["pairs"] <= 3 * 6 * HELD_STEPS  # three pairs of actions in up to six lanes, at four steps
-    for blind in (Perfect(deaf=True), LastFrame((1, SIZE, SIZE), 3, "cpu")):
+    for blind in (PerfectCatch(SIZE, deaf=True), LastFrame((1, SIZE, SIZE), 3, "cpu")):
         seen = counterfactuals(blind, data, env, 1, 13)
         assert (seen["pairs"], seen["recall"], seen["overlap"], seen["correlation"]) == (found["pairs"], 0.0, 0.0, 0.0)
 
 
 def test_a_world_that_is_not_the_recorded_one_is_noticed(data):
     with pytest.raises(AssertionError, match="not the recorded one"):
-        counterfactuals(Perfect(), ClipDataOfAnotherSeed(data), Catch(6, "cpu", SIZE), 1, 13)
+        counterfactuals(PerfectCatch(SIZE), ClipDataOfAnotherSeed(data), Catch(6, "cpu", SIZE), 1, 13)
 
 
 class ClipDataOfAnotherSeed:
@@ -124,8 +98,8 @@ class ClipDataOfAnotherSeed:
 
 def test_every_lane_that_ends_too_near_leaves_nothing(data):
     env = Catch(6, "cpu", SIZE)
-    assert counterfactuals(Perfect(), data, env, 1, 3) is None  # episodes last six steps, and four are tried
-    assert counterfactuals(Perfect(), data, env, 1, 2) is not None
+    assert counterfactuals(PerfectCatch(SIZE), data, env, 1, 3) is None  # episodes last six steps, and four are tried
+    assert counterfactuals(PerfectCatch(SIZE), data, env, 1, 2) is not None
 
 
 def test_playing_on_foretold_frames(data):
@@ -139,14 +113,14 @@ def test_playing_on_foretold_frames(data):
     live = [first[lane] for lane in range(64)]
     assert live == [1.0] * 64
     frozen = LastFrame((1, SIZE, SIZE), 3, "cpu")
-    for simulator, every in ((frozen, 1), (Perfect(), 3), (Perfect(), 100)):
+    for simulator, every in ((frozen, 1), (PerfectCatch(SIZE), 3), (PerfectCatch(SIZE), 100)):
         assert control_score(simulator, env, agent, every, 5, 50) == live
     blind = control_score(frozen, env, agent, 100, 5, 50)  # sees the ball and itself at the start for ever, and goes on to the wall
     columns = env.reset(5).obs[:, 0, 0].argmax(1)
     walls = torch.tensor([0, SIZE // 2, SIZE - 1])
     expected = [1.0 if int(column) in walls.tolist() else -1.0 for column in columns]
     assert blind == expected
-    assert control_score(Perfect(), env, agent, 100, 5, SIZE - 2) == [0.0] * 64  # stopped before the ball has landed
+    assert control_score(PerfectCatch(SIZE), env, agent, 100, 5, SIZE - 2) == [0.0] * 64  # stopped before the ball has landed
 
 
 class Clock:
