@@ -12,7 +12,8 @@ from numba import config, set_num_threads
 from torch import Tensor, nn
 
 from agents import half_kernel
-from agents.half_kernel import LANES, LONGEST_SUM
+from agents.half_kernel import LONGEST_SUM
+from agents.half_writer import LANES, native
 from agents.nets import Seen, Torso, torso
 from envs.api import UserError
 
@@ -40,7 +41,7 @@ def fastest_torso(obs_shape: tuple[int, int, int], frames: int, precision: str, 
 
 def half_is_fast() -> bool:
     """Whether this processor has AVX-512 FP16 and nothing better (AMX tiles, which multiply bfloat16)."""
-    return half_kernel.native() and not torch.cpu._is_amx_tile_supported()
+    return native() and not torch.cpu._is_amx_tile_supported()
 
 
 def share_threads() -> None:

@@ -16,78 +16,14 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-LANES = 32
+from agents.half_writer import FLOATS, HALF, HALVES, HALVES16, I32, I64, LANES, Writer
+
 LONGEST_SUM = 128
-
-_I32, _I64 = ir.IntType(32), ir.IntType(64)
-_HALF, _HALVES, _HALVES16 = ir.HalfType(), ir.VectorType(ir.HalfType(), LANES), ir.VectorType(ir.HalfType(), LANES // 2)
-_FLOATS = ir.VectorType(ir.FloatType(), LANES // 2)
-
-
-@cache
-def native() -> bool:
-    """Whether this processor computes with halves (AVX-512 FP16)."""
-    return bool(binding.get_host_cpu_features().get("avx512fp16"))
-
-
-class _Writer:
-    """Writes LLVM instructions."""
-
-    def __init__(self, builder: ir.IRBuilder) -> None:
-        self.builder = builder
-
-    def load(self, address: ir.Value, kind: ir.Type, align: int) -> ir.Value:
-        return self.builder.load(self.builder.inttoptr(address, kind.as_pointer()), align=align)
-
-    def store(self, value: ir.Value, address: ir.Value, align: int) -> None:
-        self.builder.store(value, self.builder.inttoptr(address, value.type.as_pointer()), align=align)
-
-    def at(self, base: ir.Value, stride: ir.Value | int, index: ir.Value | int) -> ir.Value:
-        """base + stride * index."""
-        index = _I64(index) if isinstance(index, int) else index
-        return self.builder.add(base, self.builder.mul(_I64(stride) if isinstance(stride, int) else stride, index))
-
-    def spread(self, address: ir.Value) -> ir.Value:
-        """The half at `address`, 32 times."""
-        undefined = ir.Constant(_HALVES, ir.Undefined)
-        single = self.builder.insert_element(undefined, self.load(address, _HALF, 2), _I32(0))
-        return self.builder.shuffle_vector(single, undefined, ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES))
-
-    def everywhere(self, number: ir.Value) -> ir.Value:
-        """The float32 `number`, 16 times."""
-        undefined = ir.Constant(_FLOATS, ir.Undefined)
-        single = self.builder.insert_element(undefined, number, _I32(0))
-        return self.builder.shuffle_vector(single, undefined, ir.Constant(ir.VectorType(_I32, LANES // 2), [0] * (LANES // 2)))
-
-    def multiply_add(self, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
-        """x y + z, rounded to halves: at once or, without AVX-512 FP16, by way of float32, which holds the products exactly."""
-        if native():
-            return self._fused([x, y, z], _HALVES, "llvm.fma.v32f16")
-        parts = zip(self.widen(x), self.widen(y), self.widen(z))
-        low, high = (self.builder.fptrunc(self._fused(list(part), _FLOATS, "llvm.fma.v16f32"), _HALVES16) for part in parts)
-        return self.builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(_I32, LANES), list(range(LANES))))
-
-    def _fused(self, parts: list[ir.Value], kind: ir.Type, name: str) -> ir.Value:
-        function = cgutils.get_or_insert_function(self.builder.module, ir.FunctionType(kind, [kind] * 3), name)
-        return self.builder.call(function, parts)
-
-    def widen(self, halves: ir.Value) -> list[ir.Value]:
-        """Two vectors of 16 float32."""
-        undefined, wide = ir.Constant(_HALVES, ir.Undefined), []
-        for start in (0, LANES // 2):
-            index = ir.Constant(ir.VectorType(_I32, LANES // 2), list(range(start, start + LANES // 2)))
-            wide.append(self.builder.fpext(self.builder.shuffle_vector(halves, undefined, index), _FLOATS))
-        return wide
-
-    def positive(self, like: ir.Value, value: ir.Value) -> ir.Value:
-        """`value` where `like` is above 0, else 0."""
-        above = self.builder.fcmp_ordered(">", like, ir.Constant(like.type, None))
-        return self.builder.select(above, value, ir.Constant(value.type, None))
 
 
 @intrinsic(prefer_literal=True)
@@ -105,42 +41,42 @@ def convolve_tile(
 
     def codegen(context, builder, signature, arguments):
         image, image_column, offsets, chunks, weights, out, out_column, extra, extra_column = arguments[4:]
-        write, places = _Writer(builder), [(row, vector) for row in range(rows) for vector in range(vectors)]
+        write, places = Writer(builder), [(row, vector) for row in range(rows) for vector in range(vectors)]
         entry = builder.block
         outer, inner, after, done = (builder.append_basic_block(name) for name in ("outer", "inner", "after", "done"))
         builder.branch(outer)
 
         builder.position_at_end(outer)
-        number = builder.phi(_I64)
-        number.add_incoming(_I64(0), entry)
-        totals = {place: [builder.phi(_FLOATS), builder.phi(_FLOATS)] for place in places}
+        number = builder.phi(I64)
+        number.add_incoming(I64(0), entry)
+        totals = {place: [builder.phi(FLOATS), builder.phi(FLOATS)] for place in places}
         for total in (half for pair in totals.values() for half in pair):
-            total.add_incoming(ir.Constant(_FLOATS, None), entry)
-        window = builder.add(image, write.load(write.at(offsets, 8, number), _I64, 8))
+            total.add_incoming(ir.Constant(FLOATS, None), entry)
+        window = builder.add(image, write.load(write.at(offsets, 8, number), I64, 8))
         columns = [write.at(window, image_column, row) for row in range(rows)]
         matrix = write.at(weights, chunk * vectors * 2 * LANES, number)
         builder.branch(inner)
 
         builder.position_at_end(inner)
-        step = builder.phi(_I64)
-        step.add_incoming(_I64(0), outer)
-        sums = {place: builder.phi(_HALVES) for place in places}
+        step = builder.phi(I64)
+        step.add_incoming(I64(0), outer)
+        sums = {place: builder.phi(HALVES) for place in places}
         for place in places:
-            sums[place].add_incoming(ir.Constant(_HALVES, None), outer)
+            sums[place].add_incoming(ir.Constant(HALVES, None), outer)
         added = dict(sums)
         for ahead in range(4):
-            place = builder.add(step, _I64(ahead))
+            place = builder.add(step, I64(ahead))
             line = write.at(matrix, vectors * 2 * LANES, place)
-            weight = [write.load(builder.add(line, _I64(2 * LANES * vector)), _HALVES, 2) for vector in range(vectors)]
+            weight = [write.load(builder.add(line, I64(2 * LANES * vector)), HALVES, 2) for vector in range(vectors)]
             for row, column in enumerate(columns):
                 value = write.spread(write.at(column, 2, place))
                 for vector in range(vectors):
                     added[row, vector] = write.multiply_add(value, weight[vector], added[row, vector])
-        following = builder.add(step, _I64(4))
+        following = builder.add(step, I64(4))
         step.add_incoming(following, inner)
         for place, total in sums.items():
             total.add_incoming(added[place], inner)
-        builder.cbranch(builder.icmp_signed("<", following, _I64(chunk)), inner, after)
+        builder.cbranch(builder.icmp_signed("<", following, I64(chunk)), inner, after)
 
         builder.position_at_end(after)
         results = {}
@@ -148,21 +84,21 @@ def convolve_tile(
             results[place] = [builder.fadd(old, new) for old, new in zip(totals[place], write.widen(added[place]))]
             for total, result in zip(totals[place], results[place]):
                 total.add_incoming(result, after)
-        proceed = builder.add(number, _I64(1))
+        proceed = builder.add(number, I64(1))
         number.add_incoming(proceed, after)
         builder.cbranch(builder.icmp_signed("<", proceed, chunks), outer, done)
 
         builder.position_at_end(done)
         for row, vector in places:
             for half, result in enumerate(results[row, vector]):
-                byte = _I64(2 * LANES * vector + LANES * half)
+                byte = I64(2 * LANES * vector + LANES * half)
                 if masked:
-                    mask = write.load(builder.add(write.at(extra, extra_column, row), byte), _HALVES16, 2)
+                    mask = write.load(builder.add(write.at(extra, extra_column, row), byte), HALVES16, 2)
                     result = write.positive(mask, result)
                 else:
-                    result = builder.fadd(result, write.load(builder.add(extra, builder.mul(byte, _I64(2))), _FLOATS, 4))
+                    result = builder.fadd(result, write.load(builder.add(extra, builder.mul(byte, I64(2))), FLOATS, 4))
                     result = write.positive(result, result)
-                write.store(builder.fptrunc(result, _HALVES16), builder.add(write.at(out, out_column, row), byte), 2)
+                write.store(builder.fptrunc(result, HALVES16), builder.add(write.at(out, out_column, row), byte), 2)
         return context.get_dummy_value()
 
     return signature, codegen
@@ -179,34 +115,34 @@ def correlate_tile(
 
     def codegen(context, builder, signature, arguments):
         factor, image, image_row, image_column, slopes, slopes_row, slopes_column, high, wide, out, out_row = arguments[3:]
-        write, places = _Writer(builder), [(row, vector) for row in range(rows) for vector in range(vectors)]
+        write, places = Writer(builder), [(row, vector) for row in range(rows) for vector in range(vectors)]
         entry = builder.block
         outer, inner, after, done = (builder.append_basic_block(name) for name in ("outer", "inner", "after", "done"))
         builder.branch(outer)
 
         builder.position_at_end(outer)
-        line = builder.phi(_I64)
-        line.add_incoming(_I64(0), entry)
-        begun = {place: builder.phi(_HALVES) for place in places}
+        line = builder.phi(I64)
+        line.add_incoming(I64(0), entry)
+        begun = {place: builder.phi(HALVES) for place in places}
         for place in places:
-            begun[place].add_incoming(ir.Constant(_HALVES, None), entry)
+            begun[place].add_incoming(ir.Constant(HALVES, None), entry)
         image_line, slopes_line = write.at(image, image_row, line), write.at(slopes, slopes_row, line)
         builder.branch(inner)
 
         builder.position_at_end(inner)
-        step = builder.phi(_I64)
-        step.add_incoming(_I64(0), outer)
-        sums = {place: builder.phi(_HALVES) for place in places}
+        step = builder.phi(I64)
+        step.add_incoming(I64(0), outer)
+        sums = {place: builder.phi(HALVES) for place in places}
         for place in places:
             sums[place].add_incoming(begun[place], outer)
         column, slope = write.at(image_line, image_column, step), write.at(slopes_line, slopes_column, step)
-        vector_of = [write.load(builder.add(slope, _I64(2 * LANES * vector)), _HALVES, 2) for vector in range(vectors)]
+        vector_of = [write.load(builder.add(slope, I64(2 * LANES * vector)), HALVES, 2) for vector in range(vectors)]
         added = {}
         for row in range(rows):
-            value = write.spread(builder.add(column, _I64(2 * row)))
+            value = write.spread(builder.add(column, I64(2 * row)))
             for vector in range(vectors):
                 added[row, vector] = write.multiply_add(value, vector_of[vector], sums[row, vector])
-        following = builder.add(step, _I64(1))
+        following = builder.add(step, I64(1))
         step.add_incoming(following, inner)
         for place in places:
             sums[place].add_incoming(added[place], inner)
@@ -215,16 +151,16 @@ def correlate_tile(
         builder.position_at_end(after)
         for place in places:
             begun[place].add_incoming(added[place], after)
-        proceed = builder.add(line, _I64(1))
+        proceed = builder.add(line, I64(1))
         line.add_incoming(proceed, after)
         builder.cbranch(builder.icmp_signed("<", proceed, high), outer, done)
 
         builder.position_at_end(done)
         for row, vector in places:
             for half, value in enumerate(write.widen(added[row, vector])):
-                address = builder.add(write.at(out, out_row, row), _I64(4 * LANES * vector + 2 * LANES * half))
+                address = builder.add(write.at(out, out_row, row), I64(4 * LANES * vector + 2 * LANES * half))
                 value = builder.fmul(value, write.everywhere(factor))
-                write.store(value if fresh else builder.fadd(write.load(address, _FLOATS, 4), value), address, 4)
+                write.store(value if fresh else builder.fadd(write.load(address, FLOATS, 4), value), address, 4)
         return context.get_dummy_value()
 
     return signature, codegen
@@ -236,11 +172,11 @@ def patch_tile(typingctx, pixels, row, out):
 
     def codegen(context, builder, signature, arguments):
         pixels, row, out = arguments
-        write, words = _Writer(builder), ir.Constant(ir.VectorType(_I32, 4), ir.Undefined)
+        write, words = Writer(builder), ir.Constant(ir.VectorType(I32, 4), ir.Undefined)
         for line in range(4):
-            words = builder.insert_element(words, write.load(write.at(pixels, row, line), _I32, 1), _I32(line))
-        wide = builder.uitofp(builder.bitcast(words, ir.VectorType(ir.IntType(8), 16)), _HALVES16)
-        scale = ir.Constant(_HALVES16, [ir.Constant(_HALF, 1 / 256)] * 16)
+            words = builder.insert_element(words, write.load(write.at(pixels, row, line), I32, 1), I32(line))
+        wide = builder.uitofp(builder.bitcast(words, ir.VectorType(ir.IntType(8), 16)), HALVES16)
+        scale = ir.Constant(HALVES16, [ir.Constant(HALF, 1 / 256)] * 16)
         write.store(builder.fmul(wide, scale), out, 2)
         return context.get_dummy_value()
 
@@ -257,38 +193,38 @@ def dot_tile(typingctx, inputs, samples, weights, weights_block, slopes, slopes_
 
     def codegen(context, builder, signature, arguments):
         weights, weights_block, slopes, slopes_sample, blocks, seen, seen_sample, out, out_sample = arguments[2:]
-        write, places = _Writer(builder), [(number, sample) for number in range(inputs) for sample in range(samples)]
+        write, places = Writer(builder), [(number, sample) for number in range(inputs) for sample in range(samples)]
         entry, loop, done = builder.block, builder.append_basic_block("loop"), builder.append_basic_block("done")
         builder.branch(loop)
 
         builder.position_at_end(loop)
-        block = builder.phi(_I64)
-        block.add_incoming(_I64(0), entry)
-        sums = {place: builder.phi(_HALVES) for place in places}
+        block = builder.phi(I64)
+        block.add_incoming(I64(0), entry)
+        sums = {place: builder.phi(HALVES) for place in places}
         for place in places:
-            sums[place].add_incoming(ir.Constant(_HALVES, None), entry)
+            sums[place].add_incoming(ir.Constant(HALVES, None), entry)
         added = dict(sums)
         source, slope = write.at(weights, weights_block, block), write.at(slopes, 4 * LANES, block)
-        for byte in (_I64(0), _I64(2 * LANES)):
-            weight = [write.load(builder.add(write.at(source, 4 * LANES, number), byte), _HALVES, 2) for number in range(inputs)]
+        for byte in (I64(0), I64(2 * LANES)):
+            weight = [write.load(builder.add(write.at(source, 4 * LANES, number), byte), HALVES, 2) for number in range(inputs)]
             for sample in range(samples):
-                value = write.load(builder.add(write.at(slope, slopes_sample, sample), byte), _HALVES, 2)
+                value = write.load(builder.add(write.at(slope, slopes_sample, sample), byte), HALVES, 2)
                 for number in range(inputs):
                     added[number, sample] = write.multiply_add(value, weight[number], added[number, sample])
-        following = builder.add(block, _I64(1))
+        following = builder.add(block, I64(1))
         block.add_incoming(following, loop)
         for place, total in sums.items():
             total.add_incoming(added[place], loop)
         builder.cbranch(builder.icmp_signed("<", following, blocks), loop, done)
 
         builder.position_at_end(done)
-        kind = ir.FunctionType(ir.FloatType(), [ir.FloatType(), _FLOATS])
+        kind = ir.FunctionType(ir.FloatType(), [ir.FloatType(), FLOATS])
         reduce = cgutils.get_or_insert_function(builder.module, kind, "llvm.vector.reduce.fadd.v16f32")
         for number, sample in places:
             low, high = write.widen(added[number, sample])
             total = builder.call(reduce, [ir.Constant(ir.FloatType(), -0.0), builder.fadd(low, high)], fastmath=("reassoc",))
-            total = write.positive(write.load(builder.add(write.at(seen, seen_sample, sample), _I64(2 * number)), _HALF, 2), total)
-            write.store(builder.fptrunc(total, _HALF), builder.add(write.at(out, out_sample, sample), _I64(2 * number)), 2)
+            total = write.positive(write.load(builder.add(write.at(seen, seen_sample, sample), I64(2 * number)), HALF, 2), total)
+            write.store(builder.fptrunc(total, HALF), builder.add(write.at(out, out_sample, sample), I64(2 * number)), 2)
         return context.get_dummy_value()
 
     return signature, codegen
@@ -300,10 +236,10 @@ def narrow_tile(typingctx, source, out):
 
     def codegen(context, builder, signature, arguments):
         source, out = arguments
-        write = _Writer(builder)
+        write = Writer(builder)
         for part in range(4):
-            floats = write.load(builder.add(source, _I64(64 * part)), _FLOATS, 4)
-            write.store(builder.fptrunc(floats, _HALVES16), builder.add(out, _I64(32 * part)), 2)
+            floats = write.load(builder.add(source, I64(64 * part)), FLOATS, 4)
+            write.store(builder.fptrunc(floats, HALVES16), builder.add(out, I64(32 * part)), 2)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen
