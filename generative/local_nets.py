@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from generative.nets import FIRST_OUTPUT_STD, Patches, Unpatch
 
-WIDTHS = (64, 96, 96)  # channels of each scale, fine to coarse
+SCALES = 3
 SMALLEST_SIDE = 4
 PATCHED_SIDE = 32  # frames of so many pixels and more are cut into 4x4 patches
 
@@ -69,16 +69,17 @@ class LocalBody(nn.Module):
         frames: K.
         obs_shape: (C, H, W).
         num_actions: A; 0 for a baseline that does not see the action.
+        width: channels of the finest scale; the others have half as many again.
     """
 
-    def __init__(self, frames: int, obs_shape: tuple[int, int, int], num_actions: int) -> None:
+    def __init__(self, frames: int, obs_shape: tuple[int, int, int], num_actions: int, width: int = 64) -> None:
         super().__init__()
-        channels, height, width = obs_shape
-        patch = 4 if min(height, width) >= PATCHED_SIDE else 1
-        sizes = [(math.ceil(height / patch), math.ceil(width / patch))]
-        while len(sizes) < len(WIDTHS) and min(sizes[-1]) > SMALLEST_SIDE:
+        channels, height, across = obs_shape
+        patch = 4 if min(height, across) >= PATCHED_SIDE else 1
+        sizes = [(math.ceil(height / patch), math.ceil(across / patch))]
+        while len(sizes) < SCALES and min(sizes[-1]) > SMALLEST_SIDE:
             sizes.append((math.ceil(sizes[-1][0] / 2), math.ceil(sizes[-1][1] / 2)))
-        widths, (rows, columns) = WIDTHS[: len(sizes)], sizes[-1]
+        widths, (rows, columns) = (width, *[width * 3 // 2] * (len(sizes) - 1)), sizes[-1]
         self.channels, self.sizes = channels, sizes
         self.patches = Patches(patch)
         self.enter = nn.ModuleList(
@@ -94,7 +95,7 @@ class LocalBody(nn.Module):
             return PlacewiseTransform(depth, num_actions) if num_actions else PlacewiseNoAction(depth)
 
         self.fine, self.coarse = transform(widths[0]), transform(widths[-1])
-        self.leave = nn.Sequential(nn.ReLU(), nn.Conv2d(widths[0], channels * patch**2, 3, padding=1), Unpatch(patch, (height, width)))
+        self.leave = nn.Sequential(nn.ReLU(), nn.Conv2d(widths[0], channels * patch**2, 3, padding=1), Unpatch(patch, (height, across)))
         nn.init.normal_(next(self.leave.parameters()), std=FIRST_OUTPUT_STD)
         self.features = widths[-1] * rows * columns + 2 * widths[0]
 

@@ -46,6 +46,7 @@ class FrameSimulator(nn.Module):
         context_frames: K, known before the first prediction. 0: 4 for `feedforward`, 11 for `recurrent`, as in the paper.
         hidden: units of the encoder's last layer, of the LSTM, and of what the action made of them (2048 in the paper); not of `local`.
         factors: products of what was seen and what is done (2048 in the paper); not of `local`.
+        width: channels of the finest scale of `local`.
         residual: whether the decoder tells the change from the frame before instead of the frame (not in the paper), as `local`
             always does. With `small` on Catch at
             64x64 after 300 updates of Adam at 3e-4, the squared error was 2.7e-4 without and 7.7e-4 with it; of four predictions in a row,
@@ -67,6 +68,7 @@ class FrameSimulator(nn.Module):
         context_frames: int = 0,
         hidden: int = 512,
         factors: int = 512,
+        width: int = 64,
         residual: bool = False,
         reward_cost: float = 1e-3,
         discount_cost: float = 1e-3,
@@ -79,7 +81,12 @@ class FrameSimulator(nn.Module):
         ):
             if value not in options:
                 raise UserError(f"{name} is one of {', '.join(options)}, got {value}")
-        for name, count, least in (("context_frames", context_frames, 0), ("hidden", hidden, 1), ("factors", factors, 1)):
+        for name, count, least in (
+            ("context_frames", context_frames, 0),
+            ("hidden", hidden, 1),
+            ("factors", factors, 1),
+            ("width", width, 1),
+        ):
             if count < least:
                 raise UserError(f"{name} must be at least {least}, got {count}")
         for name, cost in (("reward_cost", reward_cost), ("discount_cost", discount_cost)):
@@ -96,7 +103,7 @@ class FrameSimulator(nn.Module):
         network: nn.Module = nn.Identity()
         self.decoder: nn.Module = nn.Identity()
         if architecture == "local":
-            self.local = LocalBody(self.context_frames, self.obs_shape, num_actions if action == "multiplicative" else 0)
+            self.local = LocalBody(self.context_frames, self.obs_shape, num_actions if action == "multiplicative" else 0, width)
             hidden = self.local.features
         elif architecture == "paper":
             network, self.decoder = oh_encoder(seen, hidden), oh_decoder(hidden, self.obs_shape)
