@@ -140,10 +140,14 @@ def test_expected_discounts_are_passed_on(memory):
             *rest, discount = super().step(state, action)
             return *rest, 0.25 + 0.5 * discount
 
-    dream = dreams(memory, Doubts(SIZE))
+    dream = dreams(memory, Doubts(SIZE), horizon=2, num_envs=60)
     dream.reset(0)
-    step = dream.step(torch.ones(LANES, dtype=torch.int64))
-    assert torch.equal(step.discount, torch.where(step.last, 0.25, 0.75))
+    for cut in (False, True):
+        step = dream.step(torch.ones(60, dtype=torch.int64))
+        landed = step.reward != 0
+        assert landed.any()
+        assert torch.equal(step.discount, torch.where(landed, 0.25, 0.75))
+        assert torch.equal(step.last, landed | cut)
 
 
 def test_the_context_and_the_state_lie_on_the_device(memory):
