@@ -42,6 +42,13 @@ def score(agent, episodes=50):
     return float(total.mean())
 
 
+def test_the_first_round_has_updates_of_its_own():
+    agent = learned()
+    live(agent, 160)
+    assert agent.rounds == 3
+    assert agent.fitter.update == 3 + 2 * 2
+
+
 def test_everything_played_is_remembered():
     agent = dreamer(learning_starts_frames=10_000)
     ticks = live(agent, 200)
