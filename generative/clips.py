@@ -66,17 +66,19 @@ class ClipData:
     """A folder of clips, its pictures memory-mapped.
 
     UserError, one line, where the folder is missing or none of clips, where it holds another observation shape than `obs_shape`, and where
-    a file is missing, cut short or changed (`verify` reads every byte once, about a second for a gigabyte).
+    a file is missing, cut short or changed (`verify` reads every byte once, about a second for a gigabyte). With `rest` such a part is
+    left out, and said so in `refused`, as long as there is another.
 
     Attributes:
         obs_shape: (C, H, W).
         num_actions, frames_per_step: of the environment.
         lanes: N.
         source: how it was recorded.
-        parts: the manifest's entries.
+        parts: the manifest's entries of those that are whole.
+        refused: a line for each part that is left out.
     """
 
-    def __init__(self, folder: Path | str, obs_shape: tuple[int, int, int] | None = None, verify: bool = True) -> None:
+    def __init__(self, folder: Path | str, obs_shape: tuple[int, int, int] | None = None, verify: bool = True, rest: bool = False) -> None:
         self.folder = Path(folder)
         manifest = read_manifest(self.folder)
         if not manifest["parts"]:
@@ -86,12 +88,25 @@ class ClipData:
         self.frames_per_step: int = manifest["frames_per_step"]
         self.lanes: int = manifest["lanes"]
         self.source: dict[str, Any] = manifest["source"]
-        self.parts: list[dict[str, Any]] = manifest["parts"]
         if obs_shape is not None and tuple(obs_shape) != self.obs_shape:
             raise UserError(
                 f"{self.folder} holds frames of shape {self.obs_shape}, but {tuple(obs_shape)} is needed: collect them anew, or change env"
             )
-        self._parts = [_open(self.folder, entry, self.lanes, self.num_actions, verify) for entry in self.parts]
+        self.parts: list[dict[str, Any]] = []
+        self.refused: list[str] = []
+        self._parts: list[Part] = []
+        for entry in manifest["parts"]:
+            try:
+                part = _open(self.folder, entry, self.lanes, self.num_actions, verify)
+            except UserError as trouble:
+                if not rest:
+                    raise
+                self.refused.append(f"{trouble}; it is left out")
+                continue
+            self.parts.append(entry)
+            self._parts.append(part)
+        if not self._parts:
+            raise UserError(f"{self.folder}: none of {len(self.refused)} parts is whole; {self.refused[0]}")
         self.ranges = [Range(index, 0, len(part.last)) for index, part in enumerate(self._parts)]
 
     @property

@@ -36,7 +36,9 @@ def run(cfg: DictConfig) -> int:
     settings = plain(cfg)
     device, judge = pick_device(settings["device"]), checked(settings["judge"])
     names = [settings["run"], *_words(settings["against"], "against")]
-    whole = ClipData(Path(settings["data"]))
+    whole = ClipData(Path(settings["data"]), rest=True)
+    for line in whole.refused:
+        print(line)
     data = whole
     shares: list[float] = []
     simulators: dict[str, Simulator] = {}
@@ -113,12 +115,17 @@ def load_simulator(name: str, data: ClipData, device: torch.device) -> tuple[str
 
 
 def _unseen(data: ClipData, fitted: Sequence[str], heldout: float) -> float | None:
-    """The share of `data` that was held out of a fit to parts of these checksums; None where they are others."""
-    parts = data.checksums
-    if list(fitted) != parts[: len(fitted)]:
+    """The share of `data` that was held out of a fit to parts of these checksums; None where they are others.
+
+    Where a part that was fitted to is not whole any more, none was held out for certain, but what came later.
+    """
+    seen = [number for number, part in enumerate(data.checksums) if part in fitted]
+    if not seen:
         return None
-    later = sum(part["steps"] for part in data.parts[len(fitted) :])
-    return later / sum(part["steps"] for part in data.parts) if later else heldout
+    later = sum(part["steps"] for part in data.parts[seen[-1] + 1 :])
+    if later:
+        return later / sum(part["steps"] for part in data.parts)
+    return heldout if list(fitted) == data.checksums else 0.0
 
 
 def world_of(data: ClipData) -> dict[str, Any]:

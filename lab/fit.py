@@ -101,7 +101,7 @@ class Fitting:
                 left_out.pop("model", None)
         self.settings = settings
         self.name = settings["choices"][self.job]
-        self.data = ClipData(Path(settings["data"]))
+        self.data = ClipData(Path(settings["data"]), rest=folder is None)  # what goes on does so on all that it began with
         self.phases = phases_of(self.knobs)
         seed_everything(derive_seed(settings["seed"], 0, "build"))
         given = {"obs_shape": self.data.obs_shape, "num_actions": self.data.num_actions, "device": device}
@@ -122,7 +122,7 @@ class Fitting:
         self.stretch = min(self.knobs["checkpoint_updates"], sum(phase.updates for phase in self.phases))
         self.iteration = self._interrupts = 0
         self.row: dict[str, Any] = {}
-        self._notes: list[str] = []
+        self._notes = list(self.data.refused)
         state: Mapping[str, Any] | None = self._found(folder) if folder else None
         self.updates = -(-sum(phase.updates for phase in self.phases) // self.stretch) * self.stretch
         self.fitter = self._fitter()

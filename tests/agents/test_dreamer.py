@@ -49,6 +49,14 @@ def test_the_first_round_has_updates_of_its_own():
     assert agent.fitter.update == 3 + 2 * 2
 
 
+def test_the_simulators_mean_image_is_that_of_what_was_played():
+    agent = learned()
+    live(agent, 60)
+    frames = agent.trajectories.spread(60)
+    assert len(frames) == 60
+    torch.testing.assert_close(agent.simulator.mean_image, frames.float().mean(0) / 255)
+
+
 def test_everything_played_is_remembered():
     agent = dreamer(learning_starts_frames=10_000)
     ticks = live(agent, 200)

@@ -116,6 +116,17 @@ def test_of_a_folder_that_has_grown_only_what_came_later_is_unseen(place, tmp_pa
     assert [(part.part, part.start, part.stop) for part in kept] == [(4, 0, 50), (5, 0, 50)]
 
 
+def test_a_damaged_part_is_named_and_left_out(place, tmp_path, capsys):
+    shutil.copytree(place / "clips", tmp_path / "clips")
+    (tmp_path / "clips" / "clips-00001.zst").write_bytes(b"")
+    _, found = judge(place, "acting", f"data={tmp_path / 'clips'}")
+    printed = capsys.readouterr().out
+    assert "clips-00001.zst is damaged (0 bytes" in printed
+    assert "it is left out" in printed
+    assert "its figures are on what it has seen" in printed  # which of the rest was held out is not certain any more
+    assert found["settings"]["frames"] == 600
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
