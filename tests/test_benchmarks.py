@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks.record import record
+from benchmarks.simulators import lost, ranges, table
 from benchmarks.turns import serve, summary, take_turns
 
 
@@ -71,3 +72,19 @@ def test_a_record_tells_the_command_without_paths_of_the_machine(tmp_path):
     assert found["goal"] == 3.0
     assert set(found["versions"]) == {"python", "torch"}
     assert found["usable_cpus"] >= 1
+
+
+def test_where_an_action_conditional_simulator_fails_is_told_by_horizon():
+    def result(*errors):
+        return {"errors": {"mse": list(errors), "psnr": list(errors)}, "steps_per_second": 1.0}
+
+    results = {
+        "small_feedforward": result(9, 9, 9, 9, 9, 1, 3, 1, 3, 4),
+        "small_no_action": result(0, 0, 0, 0, 0, 2, 3, 2, 2, 9),
+        "last_frame": result(0, 0, 0, 0, 0, 2, 4, 2, 9, None),
+    }
+    assert lost(results) == {"small_feedforward": [7, 9]}, "up to five steps, and where no clip reaches, nothing is asked"
+    assert ranges([6, 7, 8, 10, 12, 13]) == "6-8, 10, 12-13"
+    told = table({"Pong": results})
+    assert "Pong, `small_feedforward`: no better than both baselines at 7, 9 steps beyond 5." in told
+    assert "| Pong | `last_frame` | 0.0 | 0.0 |  |" in told
