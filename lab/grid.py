@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from lab.configure import check_seed, compose, plain
 from lab.folder import read_config
 from lab.logging import read_evaluation
 
+LONGEST = 200  # characters of a run folder's name, less its seed; file systems take 255
 OWN_KEYS = ("job", "resume", "seed", "device", "runs_dir", "run_name", "wandb")
 """Which a bench sets for its runs itself."""
 FREE_KEYS = (
@@ -81,8 +83,9 @@ def plan(bench: Mapping[str, Any], folder: Path) -> list[PlannedRun]:
 
 
 def slug(label: str) -> str:
-    """A file name from words: "env=Qbert encoder=vae" -> "env-Qbert-encoder-vae"."""
-    return re.sub(r"[^\w.]+", "-", label).strip("-")
+    """A file name from words: "env=Qbert encoder=vae" -> "env-Qbert-encoder-vae". What is too long ends in a checksum instead."""
+    name = re.sub(r"[^\w.]+", "-", label).strip("-")
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 9]}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
 
 
 def _check_seeds(seeds: list[Any]) -> None:

@@ -98,6 +98,18 @@ def test_a_bench_finds_its_own_mistakes_before_anything_runs(tmp_path, no_traini
     assert not list(tmp_path.iterdir())
 
 
+def test_settings_of_many_words_have_folders_of_their_own_that_fit_a_file_system(tmp_path):
+    many = [f"agent.{knob}={value}" for knob, value in (("gamma", 0.987654), ("value_cost", 0.123456), ("entropy_cost", 0.00123456))]
+    many += ["agent.learning_rate=0.000123456", "agent.optimiser_epsilon=0.000123456", "agent.learning_rate_frames=123456789"]
+    runs = [["agent=a3c", *many, "agent.max_gradient_norm=0.123456", f"agent.n_steps={steps}"] for steps in (5, 6)]
+    names = [run.folder.name for run in plan(bench(runs=runs, seeds=[0, 281474976710656]), tmp_path)]
+    assert len(" ".join(runs[0])) > 200
+    assert len(set(names)) == 4
+    for name in names:
+        (tmp_path / name).mkdir()
+    assert names == [run.folder.name for run in plan(bench(runs=runs, seeds=[0, 281474976710656]), tmp_path / "again")]
+
+
 def test_seeds_and_settings_become_runs(tmp_path):
     planned = plan(bench(games=["Pong", "Qbert"], runs=[["agent=a3c"]], seeds=[3, 1]), tmp_path)
     assert [(one.label, one.seed) for one in planned] == [(f"env={game} agent=a3c", seed) for seed in (3, 1) for game in ("Pong", "Qbert")]
