@@ -18,14 +18,14 @@ from generative.api import Clip, Simulator
 from generative.clips import ClipData
 from generative.last_frame import LastFrame
 from generative.rollouts import rollout
-from lab import checkpoint
-from lab.configure import build, plain
+from lab.configure import plain
 from lab.evaluate import load_trained
-from lab.folder import find_folder, known_targets, read_config, write_beside
+from lab.folder import find_folder, write_beside
 from lab.rollout_pictures import FILMED, write_film
 from lab.run import derive_seed, make_agent, make_env, pick_device, seed_everything
 from lab.simulator_figures import HELD_STEPS, control_score, counterfactuals, event_figures, picture_errors, steps_per_second
 from lab.simulator_page import page
+from lab.simulators import load_fitted, recorded_world
 
 BASELINE = "last_frame"
 LEAD_STEPS = 60  # into a part, about, where actions are tried
@@ -96,22 +96,12 @@ def load_simulator(name: str, data: ClipData, device: torch.device) -> tuple[str
     The share is None where it was fitted to other clips; of a folder that has grown since, it is what came later. UserError where the run
     fitted no simulator, or one of other pictures or actions.
     """
-    folder = find_folder(name, "run")
-    settings = read_config(folder)
-    if settings["job"] != "fit" or not settings.get("simulator"):
-        raise UserError(f"run={name}: that was job={settings['job']}; a simulator comes from job=fit simulator=NAME")
-    loaded = checkpoint.load(folder)
-    for warning in loaded.warnings:
-        print(warning)
-    if not {"obs_shape", "num_actions", "parts", "model"} <= set(loaded.state):
-        raise UserError(f"run={name}: its checkpoint does not say what it was fitted to; fit it anew")
-    shape, actions = tuple(loaded.state["obs_shape"]), loaded.state["num_actions"]
-    if (shape, actions) != (data.obs_shape, data.num_actions):
+    fitted = load_fitted(name, device)
+    shape = fitted.simulator.obs_shape
+    if (shape, fitted.num_actions) != (data.obs_shape, data.num_actions):
         theirs = f"pictures of {data.obs_shape} and {data.num_actions} actions"
-        raise UserError(f"run={name} simulates pictures of {shape} under {actions} actions, and {data.folder} holds {theirs}")
-    model = build(settings["simulator"], "simulator", obs_shape=shape, num_actions=actions, device=device)
-    model.load_state_dict(loaded.state["model"])
-    return settings["choices"]["simulator"], model, _unseen(data, loaded.state["parts"], settings["fit"]["heldout"])
+        raise UserError(f"run={name} simulates pictures of {shape} under {fitted.num_actions} actions, and {data.folder} holds {theirs}")
+    return fitted.label, fitted.simulator, _unseen(data, fitted.parts, fitted.settings["fit"]["heldout"])
 
 
 def _unseen(data: ClipData, fitted: Sequence[str], heldout: float) -> float | None:
@@ -130,10 +120,7 @@ def _unseen(data: ClipData, fitted: Sequence[str], heldout: float) -> float | No
 
 def world_of(data: ClipData) -> dict[str, Any]:
     """The configuration of the world that clips were recorded in. UserError where the folder names code that is not ours."""
-    node, protocol = data.source.get("world"), data.source.get("protocol")
-    if not isinstance(node, dict) or node.get("_target_") not in known_targets("env"):
-        raise UserError(f"{data.folder} does not say which world it was recorded in; leave judge.moments=0 and judge.control_run=null")
-    return {"env": node, "protocol": {"name": protocol} if protocol else None, "choices": {"env": data.source.get("env")}}
+    return recorded_world(data.source, data.folder, "leave judge.moments=0 and judge.control_run=null")
 
 
 def _player(name: str, data: ClipData) -> Agent:
