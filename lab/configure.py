@@ -52,10 +52,11 @@ def compose(words: list[str], configs: Path = CONFIGS) -> DictConfig:
     for key in OF_RUNS:
         if typed.get("job") == "bench" and key in typed:
             raise UserError(f"{key}={typed[key]} says nothing to a bench: its runs are told in bench.common, bench.runs and bench.seeds")
-    if typed.get("job") == "collect" and typed.get("run", "null") != "null":
+    if typed.get("job") in ("collect", "play") and typed.get("run", "null") != "null":
+        own = "plays its own agent in its own world (collect.obs= shows it otherwise)" if typed["job"] == "collect" else "has its own world"
         for key in typed:
             if key.partition(".")[0] in OF_WORLDS:
-                raise UserError(f"{key}={typed[key]}: run= plays its own agent in its own world (collect.obs= shows it otherwise)")
+                raise UserError(f"{key}={typed[key]}: run= {own}")
     if {"model", "simulator"} <= set(typed):
         raise UserError(f"model={typed['model']} simulator={typed['simulator']}: one fit, one model; leave one of them out")
     words = [_quoted(key, value) for key, value in typed.items()]
@@ -155,7 +156,7 @@ def check_numbers(cfg: DictConfig) -> None:
     if cfg.num_envs > MOST_LANES:
         raise UserError(f"num_envs must be at most {MOST_LANES}, got {cfg.num_envs}")
     for key in ("runs_dir", "data", "run"):
-        if (cfg.job, key) == ("collect", "run") and cfg.get("run") is None:
+        if (cfg.job, key) in (("collect", "run"), ("play", "run"), ("play", "data")) and cfg.get(key) is None:
             continue
         if key in cfg and (not isinstance(cfg[key], str) or not cfg[key].strip()):
             raise UserError(f"{key}= must name a folder, got {cfg[key]!r}")

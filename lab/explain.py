@@ -22,6 +22,8 @@ python launch.py [key=value ...]
   python launch.py job=fit model=vae data=data/qbert         fit a generative model
   python launch.py job=fit simulator=small_feedforward data=data/qbert   fit a simulator of the world
   python launch.py job=evaluate_simulator run=runs/NAME data=data/qbert  how far ahead it sees, and what of
+  python launch.py job=play run=runs/NAME                    a page to play a fitted simulator beside the world, or to watch an agent
+  python launch.py job=play env=Forage                       the world alone
   python launch.py job=bench bench=demo                      many runs, one table
 """
 

@@ -92,6 +92,7 @@ def test_no_agent_imports_another_agent_and_no_model_another_model(room, method)
         ("ale_py", ("envs/atari.py",)),
         ("envpool", ("envs/atari_envpool.py",)),
         ("vizdoom", ("envs/doom.py",)),
+        ("websockets", ("lab/play_server.py",)),
     ],
 )
 def test_libraries_stay_in_their_rooms(library, homes):
