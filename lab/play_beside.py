@@ -34,7 +34,7 @@ class Beside:
 
     def __init__(self, stage: Stage, dice: Dice) -> None:
         self._offers: Sequence[Offer] = stage.offers
-        self._turn, self._dice = stage.turn, dice
+        self._dice = dice
         self.index = self.sync_every = 0
         longest = max(offer.simulator.context_frames for offer in stage.offers)
         self._frames: deque[tuple[Tensor, ...]] = deque(maxlen=longest)
@@ -121,7 +121,7 @@ class Beside:
         actions = torch.tensor([[action for action, _, _ in led]], dtype=torch.int64).view(1, -1)
         rewards, discounts = (torch.tensor([[step[field] for step in led]], dtype=torch.float32).view(1, -1) for field in (1, 2))
         clip = Clip(torch.stack(shown, 1), actions, rewards, discounts, torch.zeros_like(rewards, dtype=torch.bool))
-        with self._dice.rolled(self._turn):
+        with self._dice.rolled():
             self._state = offer.simulator.start(clip)
         self.ahead, self.over = 0, False
 
@@ -129,7 +129,7 @@ class Beside:
     def _foretell(self, action: int, seen: Seen) -> None:
         offer = self.offer
         assert self._state is not None
-        with self._dice.rolled(self._turn):
+        with self._dice.rolled():
             self._state, frame, reward, discount = offer.simulator.step(self._state, torch.tensor([action]))
         self.frame, self.reward, self.discount = frame[0].cpu(), float(reward[0]), float(discount[0])
         self.psnr = float(psnr(squared_error(self.frame, seen.obs[offer.view][0])))

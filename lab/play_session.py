@@ -34,7 +34,7 @@ class Session:
     """
 
     def __init__(self, stage: Stage, seed: int, rate: int | None = None) -> None:
-        self.stage, self._dice, self._random = stage, Dice(seed), random.Random(seed)
+        self.stage, self._dice, self._random = stage, Dice(seed, stage.turn), random.Random(seed)
         self.rate = rate or stage.kind.steps_per_second
         spec = stage.kind.specs[0]
         self.chords = chords(spec.action_names)
@@ -149,7 +149,7 @@ class Session:
         told = torch.tensor([self.seen.reward]), torch.tensor([self.seen.discount]), torch.tensor([self._steps == 0])
         obs, *rest = (tensor.to(player.device) for tensor in (self.seen.obs[player.view], *told))
         step = Step(obs, rest[0], rest[1], rest[2], obs)
-        with self._dice.rolled(self.stage.turn), torch.no_grad():
+        with self._dice.rolled(), torch.no_grad():
             carry = self._decision.carry if self._decision is not None else player.agent.initial(1)
             self._decision = player.agent.act(step, carry, explore=False)
 

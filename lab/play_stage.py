@@ -27,7 +27,7 @@ class Offer(NamedTuple):
     """A simulator that can be played.
 
     Attributes:
-        label: its name, with the run's where two have the same.
+        label: its name, with the run's where two have the same, and a word where it is an agent's own.
         simulator: shared by all tabs.
         view: which of the world's views it foretells.
         lives_end: a discount of 0 may mean a lost life as well as the end.
@@ -76,14 +76,15 @@ class Stage(NamedTuple):
 class Dice:
     """The state of every default random generator, kept for one tab, so that tabs do not disturb one another."""
 
-    def __init__(self, seed: int) -> None:
-        with forked_seed(seed):
+    def __init__(self, seed: int, turn: Lock) -> None:
+        self._turn = turn
+        with turn, forked_seed(seed):
             self._states = _random_states()
 
     @contextmanager
-    def rolled(self, turn: Lock) -> Iterator[None]:
+    def rolled(self) -> Iterator[None]:
         """Takes a turn with this tab's own randomness."""
-        with turn:
+        with self._turn:
             before = _random_states()
             _restore(self._states)
             try:
@@ -104,31 +105,33 @@ def make_stage(settings: Mapping[str, Any]) -> Stage:
             if settings[key]:
                 raise UserError(f"{key}= goes with run=, a fitted simulator or a trained agent; env= alone plays the world itself")
         return Stage(kind_of([settings]), (), None, Lock())
-    trained = None
+    trained: dict[str, Any] | None = None
     if read_config(find_folder(run, "run"))["job"] == "train":
         _, trained, loaded = load_trained(run)
-    fits = [_load_fit(name, settings["data"], device) for name in (against if trained else [run, *against])]
+    names = against if trained else [run, *against]
+    fits = [_load_fit(name, settings["data"], device) for name in names]
     views: list[dict[str, Any]] = []
-    for world in [trained, *(world for _, world in fits)] if trained else [world for _, world in fits]:
+    for world in ([trained] if trained else []) + [world for _, world in fits]:
         if not any(same_view(world, view) for view in views):
             views.append(world)
     kind = kind_of(views, for_evaluation=trained is not None)
+    labels = [fitted.label for fitted, _ in fits]
     offers = []
-    for name, (fitted, world) in zip(against if trained else [run, *against], fits):
+    for name, (fitted, world) in zip(names, fits):
         view = next(index for index, known in enumerate(views) if same_view(world, known))
         spec, shape = kind.specs[view], tuple(fitted.simulator.obs_shape)
         if (shape, fitted.num_actions) != (spec.obs_shape, spec.num_actions):
             theirs = f"pictures of {spec.obs_shape} and {spec.num_actions} actions"
             raise UserError(f"run={name} simulates pictures of {shape} under {fitted.num_actions} actions, and its world has {theirs}")
-        twice = sum(other.label == fitted.label for other, _ in fits) > 1
-        protocol = make_protocol(world)
-        label = f"{fitted.label} ({Path(name).resolve().name})" if twice else fitted.label
-        offers.append(Offer(label, fitted.simulator, view, protocol is not None and protocol.life_loss))
-    player = None
-    if trained:
-        agent, _ = make_agent(trained, kind.specs[0], device)
-        agent.load_state_dict(loaded.state["agent"])
-        player = Player(trained["choices"]["agent"], agent, 0, device, _epsilon(trained))
+        label = fitted.label if labels.count(fitted.label) == 1 else f"{fitted.label} ({Path(name).resolve().name})"
+        offers.append(_offer(label, fitted.simulator, view, world))
+    if trained is None:
+        return Stage(kind, tuple(offers), None, Lock())
+    agent, jobs = make_agent(trained, kind.specs[0], device)
+    agent.load_state_dict(loaded.state["agent"])
+    if "simulator" in jobs:
+        offers.insert(0, _offer(f"{trained['choices']['simulator']} (its own)", jobs["simulator"], 0, trained))
+    player = Player(trained["choices"]["agent"], agent, 0, device, _epsilon(trained))
     return Stage(kind, tuple(offers), player, Lock())
 
 
@@ -138,9 +141,15 @@ def _load_fit(name: str, data: str | None, device: torch.device) -> tuple[Fitted
     folder = Path(data or str(fitted.settings["data"]))
     if data is None and not folder.is_dir():
         raise UserError(f"run={name} was fitted to {folder}, which is not there; data=FOLDER tells where its clips are now")
-    if hasattr(fitted.simulator, "eval"):
-        fitted.simulator.eval()
     return fitted, recorded_world(read_manifest(folder)["source"], folder, "collect clips anew, by job=collect")
+
+
+def _offer(label: str, simulator: Any, view: int, world: Mapping[str, Any]) -> Offer:
+    """A simulator of a world, in the state that it is used in, not the one that it is fitted in."""
+    if hasattr(simulator, "eval"):
+        simulator.eval()
+    protocol = make_protocol(world)
+    return Offer(label, simulator, view, protocol is not None and protocol.life_loss)
 
 
 def _epsilon(trained: Mapping[str, Any]) -> float:

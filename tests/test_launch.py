@@ -186,7 +186,8 @@ def test_help_lists_every_key_of_every_option(capsys):
         if group == "experiment":
             continue
         prefixes = {"job": [""], "configs": [""], "model": ["encoder.", "density.", "planner.", "simulator."]}.get(group, [f"{group}."])
-        for key in parse_yaml(path.read_text()).keys() - {"defaults", "job", "game", "_target_", "evaluation", "fit", "collect", "judge", "play"}:
+        sections = {"evaluation", "fit", "collect", "judge", "play"}
+        for key in parse_yaml(path.read_text()).keys() - {"defaults", "job", "game", "_target_", *sections}:
             assert any(f"{prefix}{key}" in listed for prefix in prefixes), f"{path}: {key}"
     assert {"fit.heldout", "fit.path", "evaluation.before", "data", "run", "play.port"} <= listed
 

@@ -28,6 +28,7 @@ FIT = [
     "fit.heldout=0",
 ]
 TRAIN = ["frames=80", "frames_per_iteration=80", "num_envs=2", "wandb=off", "evaluation.num_envs=1", "evaluation.video=false"]
+ROUND = ["agent.first_updates=1", "agent.batch_size=2", "agent.dreams=1", "agent.dream_envs=2"]
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +44,13 @@ def place(tmp_path_factory):
     again = shutil.copytree(place / "fit_small", place / "fit_large") / "config.yaml"
     again.write_text(again.read_text().replace(str(place / "small"), str(place / "large")))
     shutil.copytree(place / "fit_small", place / "fit_again")
-    for name, words in {
-        "small": ["env=Catch", "env.size=5", "agent=dqn"],
+    catch = ["env=Catch", "env.size=5"]
+    agents = {
+        "small": [*catch, "agent=dqn"],
         "pong": [*pong, "agent=random", "evaluation.epsilon=0.25"],
-    }.items():
+        "dreamer": [*catch, "agent=dreamer", "agent.learning_starts_frames=40", "agent.train_frames=80", *ROUND],
+    }
+    for name, words in agents.items():
         train = {word.split("=")[0]: word for word in (*TRAIN, *words)}
         assert launch.main([*train.values(), f"runs_dir={place}", f"run_name=agent_{name}"]) == 0
     return place
@@ -98,6 +102,19 @@ def test_an_agent_does_what_it_does_when_it_is_watched(place):
             session.advance()
             assert unpack(session.show())[0]["action"] == int(tick.decision.action)
         assert session.seen.last
+
+
+def test_a_simulator_of_the_agents_own_is_on_offer(place):
+    on = of(place, "agent_dreamer", "fit_small")
+    assert [offer.label for offer in on.offers] == ["small_feedforward (its own)", "small_feedforward"]
+    own = on.offers[0].simulator
+    assert own is on.player.agent.simulator
+    weights = checkpoint.load(place / "agent_dreamer").state["agent"]["simulator"]
+    assert all(torch.equal(value, weights[name]) for name, value in own.state_dict().items())
+    session = Session(on, 0)
+    for _ in range(4):
+        session.advance()
+    assert unpack(session.show())[0]["simulator"]["ahead"] == 1
 
 
 def test_agent_and_simulator_may_see_one_game_otherwise(place):
