@@ -72,6 +72,9 @@ def test_the_action_of_most_keys_is_chosen_then_that_of_the_latest():
     assert ATARI[chosen(known, [FIRE, UP, RIGHT])] == "UPRIGHTFIRE"
     assert ATARI[chosen(known, [LEFT, FIRE])] == "FIRE"
     assert resting(chords(MAZE)) is None
+    for latest in ("LEFT", "RIGHT"):
+        held = [UP, *sorted([LEFT, RIGHT], key=lambda key, latest=latest: key.upper().endswith(latest))]
+        assert MAZE[chosen(chords(MAZE), held)] == f"FORWARD_TURN_{latest}"
 
 
 # pictures
