@@ -28,6 +28,7 @@ class Beside:
         frame: uint8 (C, H, W), the last that was foretold; None where the simulator stands at the truth.
         ahead: steps of the world since it was shown the truth.
         psnr: of `frame`, in decibels; None without a frame.
+        returned: the rewards that were foretold since the episode opened, or since this simulator was chosen.
         over: it says that the episode has ended, and goes no further until it is set to the truth.
         sync_every: it is set to the truth after so many steps; 0 for never.
     """
@@ -75,8 +76,10 @@ class Beside:
     def sync(self) -> None:
         """Sets the simulator to the truth, as far as it is known."""
         if not self._ended:
+            returned = self.returned
             self._forget()
             self._start()
+            self.returned = returned
 
     def switch(self, index: int) -> None:
         """Goes on with another simulator, from the truth."""

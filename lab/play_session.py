@@ -54,7 +54,7 @@ class Session:
         if self.paused:
             return False
         if self.over:
-            return self.goes_on and self.seen.last
+            return self.goes_on
         return self.watching or self._rest is not None or self._pressed() is not None
 
     @property
@@ -75,7 +75,7 @@ class Session:
         """What a tick of the clock does: one step; after the end, where the next episode opens by itself, a rest and then that."""
         if not self.over:
             self._step()
-        elif self.goes_on and self.seen.last:
+        elif self.goes_on:
             self._rested += 1
             if self._rested >= WAIT_SECONDS * self.rate:
                 self._open()

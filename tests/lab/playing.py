@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import threading
 from contextlib import contextmanager
 from functools import cache
@@ -35,7 +36,7 @@ class ExactChain:
 
     def __init__(self, length=8, context_frames=1, ends_at=None):
         self.length, self.context_frames, self.ends_at = length, context_frames, ends_at or length - 1
-        self.side = {8: 3, 4: 2, 5: 3}[length]
+        self.side = math.isqrt(length - 1) + 1
         self.obs_shape = (1, self.side, self.side)
         self.shown = []
 

@@ -252,6 +252,26 @@ def test_a_simulator_that_ends_too_early_waits_for_the_truth():
     assert seen[2]["step"] == 3
     session.do({"sync_every": 4})
     assert [one["simulator"]["over"] for one in walk(session, 1, 1)] == [False, False]
+    for word in ({"goes_on": False}, {"sync_every": 2}, {"do": "reset"}):
+        session.do(word)
+    assert [one["over"] for one in walk(session, 1, 1)] == [False, True]  # what it says is shown, though the truth is due
+
+
+def test_foretold_rewards_add_up_through_the_truth_but_not_into_another_episode():
+    class Paying(ExactChain):
+        def step(self, state, action):
+            state, frame, _, discount = super().step(state, action)
+            return state, frame, torch.tensor([0.5]), discount
+
+    session = Session(stage("env=Chain", simulators=[Paying(), Paying()]), 0)
+    session.do({"sync_every": 2})
+    assert [one["simulator"]["return"] for one in walk(session, 1, 1, 1)] == [0.5, 1.0, 1.5]
+    session.do({"do": "sync"})
+    assert [one["simulator"]["return"] for one in walk(session, 1)] == [2.0]
+    session.do({"simulator": 1})
+    assert [one["simulator"]["return"] for one in walk(session, 1)] == [0.5]
+    session.do({"do": "reset"})
+    assert [one["simulator"]["return"] for one in walk(session, 1)] == [0.5]
 
 
 def test_where_a_lost_life_is_an_end_to_the_simulator_play_goes_on():

@@ -27,7 +27,8 @@ LEFT, RIGHT = "ArrowLeft", "ArrowRight"
 @pytest.fixture(scope="module")
 def chain():
     """A corridor beside two simulators, the first of which is exact."""
-    with served(stage("env=Chain", "env.max_steps=0", simulators=[ExactChain(), ExactChain(ends_at=3)]), rate=60) as server:
+    on = stage("env=Chain", "env.length=900", "env.max_steps=0", simulators=[ExactChain(900), ExactChain(900, ends_at=3)])
+    with served(on, rate=60) as server:
         yield server
 
 
@@ -264,7 +265,7 @@ def test_the_job_serves_this_machine_alone_and_ends_at_once_on_ctrl_c(tmp_path):
             began = time.monotonic()
             process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=PATIENCE)
-            assert time.monotonic() - began < 3
+            assert time.monotonic() - began < 10  # 1 where nothing else runs
         assert (process.returncode, out, err) == (0, "ended\n", "")
     finally:
         process.kill()
