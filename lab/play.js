@@ -165,7 +165,7 @@ function lay() {
     const fits = zoom * canvas.width / dots <= wide + 1;
     canvas.style.width = (fits ? zoom * canvas.width / dots : wide) + "px";
     canvas.style.height = (fits ? zoom * canvas.height / dots : wide * canvas.height / canvas.width) + "px";
-    figure.style.width = canvas.style.width;
+    figure.style.width = `max(${canvas.style.width}, min(9.4rem, ${wide}px))`;
   }
 }
 

@@ -37,6 +37,7 @@ class Beside:
         self._offers: Sequence[Offer] = stage.offers
         self._dice = dice
         self.index = self.sync_every = 0
+        self.returned = 0.0
         longest = max(offer.simulator.context_frames for offer in stage.offers)
         self._frames: deque[tuple[Tensor, ...]] = deque(maxlen=longest)
         self._led: deque[tuple[int, float, float]] = deque(maxlen=longest)  # action, reward and discount before each but the first frame

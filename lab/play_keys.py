@@ -67,9 +67,14 @@ def chosen(known: Sequence[Chord | None], held: Sequence[str]) -> int | None:
     return best[1] if best else None
 
 
+def in_order(keys: Collection[str]) -> list[str]:
+    """As a person reads them: up and down, left and right, letters and digits, and the space bar last."""
+    return sorted(keys, key=lambda key: ([_UP, _DOWN, _LEFT, _RIGHT].index(key) if key.startswith("Arrow") else 4, key == _FIRE, key))
+
+
 def all_keys(known: Collection[Chord | None]) -> list[str]:
     """Every key that stands in a chord."""
-    return sorted({key for chord in known if chord for key in chord})
+    return in_order({key for chord in known if chord for key in chord})
 
 
 def words(name: str) -> str:

@@ -12,7 +12,7 @@ import torch
 from agents.api import Decision
 from envs.api import Step, UserError
 from lab.play_beside import Beside
-from lab.play_keys import all_keys, chords, chosen, resting, words
+from lab.play_keys import all_keys, chords, chosen, in_order, resting, words
 from lab.play_picture import message
 from lab.play_stage import Dice, Stage
 from lab.play_worlds import Seen, World
@@ -88,7 +88,7 @@ class Session:
         """What a tab is told once, in plain values: the world, its actions and their keys, simulators and player."""
         kind, player = self.stage.kind, self.stage.player
         names = kind.specs[0].action_names
-        keys = [sorted(chord) if chord is not None else None for chord in self.chords]
+        keys = [in_order(chord) if chord is not None else None for chord in self.chords]
         return {
             "world": kind.name,
             "protocol": kind.protocol.name if kind.protocol else None,

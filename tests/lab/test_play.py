@@ -60,6 +60,7 @@ def test_strange_names_and_keys_that_are_taken_become_digits():
     assert many[9] == frozenset({"Digit0"})
     assert many[10] is None
     assert all_keys(many)[:2] == ["Digit0", "Digit1"]
+    assert all_keys(chords((*ATARI, "MOVE_LEFT"))) == [UP, "ArrowDown", LEFT, RIGHT, "KeyA", FIRE]
 
 
 def test_the_action_of_most_keys_is_chosen_then_that_of_the_latest():
