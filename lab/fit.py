@@ -47,6 +47,8 @@ def run(cfg: DictConfig) -> int:
     if code == 0:
         shown = ", ".join(f"{key.removeprefix('fit/')} {value:,.4g}" for key, value in fitting.row.items() if key != "fit/update")
         print(f"fitted   {fitting.name}: {shown or 'all updates were made already'}\nreport   {fitting.folder / 'report.html'}")
+        if fitting.job == "simulator":
+            print(f"play     python launch.py job=play {as_word('run', fitting.folder)}")
         if isinstance(fitting.model, Encoder):
             print(f"reuse    encoder={fitting.name} {as_word('fit.path', fitting.folder)}")
     return code

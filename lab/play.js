@@ -178,7 +178,7 @@ function caption(shown, simulator) {
   figure.classList.toggle("still", simulator.ahead === null);
   title.textContent = name;
   const foretold = simulator.reward !== null && Math.abs(simulator.reward) >= .05 ? ` · reward ${signed(simulator.reward)}` : "";
-  told.textContent = simulator.ahead === null ? `looks on, ${simulator.known} of ${simulator.needs}` : `return ${number(simulator.return, 1)}${foretold}`;
+  told.textContent = simulator.ahead === null ? `looks on, ${simulator.known} of ${simulator.needs}` : `return ${simulator.return === null ? "not finite" : number(simulator.return, 1)}${foretold}`;
 }
 
 /* Words and numbers */

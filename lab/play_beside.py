@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -89,7 +90,7 @@ class Beside:
         self._look_on()
 
     def facts(self) -> dict[str, Any]:
-        """All numbers of the moment, as plain values."""
+        """All numbers of the moment, as plain values; None for what is not known, or not finite."""
         needs = self.offer.simulator.context_frames
         return {
             "index": self.index,
@@ -98,9 +99,9 @@ class Beside:
             "needs": needs,
             "ahead": None if self._state is None else self.ahead,
             "psnr": self.psnr,
-            "reward": self.reward,
-            "return": self.returned,
-            "discount": self.discount,
+            "reward": _finite(self.reward),
+            "return": _finite(self.returned),
+            "discount": _finite(self.discount),
             "over": self.over,
             "lost_life": self.offer.lives_end and self.discount is not None and self.discount < ENDED,
         }
@@ -139,3 +140,7 @@ class Beside:
         self.psnr = float(psnr(squared_error(self.frame, seen.obs[offer.view][0])))
         self.returned += self.reward
         self.over = self.discount < ENDED and not offer.lives_end
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -275,6 +275,17 @@ def test_foretold_rewards_add_up_through_the_truth_but_not_into_another_episode(
     assert [one["simulator"]["return"] for one in walk(session, 1)] == [0.5]
 
 
+def test_numbers_that_are_not_finite_are_told_as_none():
+    class Lost(ExactChain):
+        def step(self, state, action):
+            state, frame, _, discount = super().step(state, action)
+            return state, frame, torch.tensor([float("nan")]), discount * float("nan")
+
+    (seen,) = walk(Session(stage("env=Chain", simulators=[Lost()]), 0), 1)
+    assert [seen["simulator"][name] for name in ("reward", "return", "discount")] == [None] * 3
+    assert not seen["over"]
+
+
 def test_where_a_lost_life_is_an_end_to_the_simulator_play_goes_on():
     session = Session(stage("env=Chain", simulators=[ExactChain(ends_at=2)], lives_end=True), 0)
     seen = walk(session, 1, 1, 1)
