@@ -23,7 +23,7 @@ from lab.play_session import Session
 HOST = "127.0.0.1"
 NAMES = (HOST, "localhost")
 MOST_SAID_BYTES, MOST_WAITING = 4096, 64  # of what a tab says: in one message, and messages not yet heeded
-CLOSE_SECONDS = 1.0
+CLOSE_SECONDS = 0.5
 TRY_LATER, FAILED = 1013, 1011  # close codes of WebSockets
 
 
@@ -157,13 +157,21 @@ async def _clock(connection: ServerConnection, thread: ThreadPoolExecutor, sessi
             words.append(said.get_nowait())
         now = loop.time()
         mistakes, stepped = await loop.run_in_executor(thread, _heed, session, words, now >= last + 1 / session.rate)
-        if stepped:  # what is late by more than a step is not made up for
-            last = max(last + 1 / session.rate, now - 1 / session.rate)
+        if stepped:
+            last = beat(last, now, session.rate)
         for mistake in mistakes:
             await connection.send(json.dumps({"mistake": mistake}))
         if stepped or words:
             await connection.send(await loop.run_in_executor(thread, session.show))
         words.clear()
+
+
+def beat(last: float, now: float, rate: int) -> float:
+    """When, in seconds, the step that was taken at `now` was due, the one before it having been due at `last`.
+
+    A step that is a little late makes the next one no later; what is late by more than a step is not made up for.
+    """
+    return max(last + 1 / rate, now - 1 / rate)
 
 
 def _heed(session: Session, words: list[str | bytes], due: bool) -> tuple[list[str], bool]:

@@ -15,6 +15,9 @@ if find() is None:
 READY = "typeof facts !== 'undefined' && facts !== null && document.querySelector('[data-name=truth] canvas') !== null"
 LIT = "c.getContext('2d').getImageData(0, 0, c.width, c.height).data.findIndex((v, i) => i % 4 === 0 && v > 0) / 4"
 WORLD, SIMULATED = (f"(c => {LIT})(document.querySelector('[data-name={name}] canvas'))" for name in ("truth", "simulated"))
+DRAWN = """(c => { const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data; let n = 0;
+for (let i = 0; i < d.length; i += 4) n += d[i] === 31 && d[i + 1] === 111 && d[i + 2] === 120 && d[i + 3] === 255; return n; })
+(document.querySelector('#chart'))"""
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +64,13 @@ def test_keys_move_the_picture_and_the_meter_tells(chain, open_page):
     page.wait(f"{WORLD} === {at} && {SIMULATED} === {at}")
     assert text(page, "#psnr") == "no difference"
     assert text(page, "#ahead") == f"PSNR, {at} steps after the truth"
+    assert page.evaluate("points.map(point => point.y)") == [None] + [100] * at
+    assert page.evaluate(DRAWN) > 10  # the line and its end
     page.press("ArrowLeft")  # it may be shorter than a step
     page.wait(f"!facts.running && facts.step > {at} && {WORLD} === {2 * at} - facts.step")
     page.press("KeyR")
     page.wait(f"facts.episode === 2 && {WORLD} === 0")
+    assert page.evaluate("points.at(-1)") == {"y": None, "mark": "opened"}
 
 
 def test_buttons_and_knobs_say_what_keys_say(chain, open_page):

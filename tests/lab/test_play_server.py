@@ -19,6 +19,8 @@ import launch
 from envs.api import UserError
 from lab.play import checked
 from lab.play_page import page
+from lab.play_server import beat
+from lab.play_session import Session
 
 ROOT = Path(__file__).parent.parent.parent
 LEFT, RIGHT = "ArrowLeft", "ArrowRight"
@@ -111,6 +113,21 @@ def test_the_clock_keeps_the_rate():
     assert second < 0.9
 
 
+def test_late_steps_are_made_up_for_but_not_by_more_than_one():
+    assert beat(1.0, 1.12, 10) == pytest.approx(1.1)
+    assert beat(1.0, 1.55, 10) == pytest.approx(1.45)
+
+
+def test_every_tab_plays_episodes_of_its_own_which_follow_from_the_seed():
+    def openings():
+        with served(stage("env=Catch", "env.size=50")) as server, Tab(server.port) as one, Tab(server.port) as other:
+            return one.pictures["truth"], other.pictures["truth"]
+
+    one, other = openings()
+    assert one != other
+    assert (one, other) == openings()
+
+
 def test_two_tabs_are_two_worlds(chain):
     with Tab(chain.port) as one, Tab(chain.port) as other:
         one.say(keys=[RIGHT])
@@ -156,12 +173,22 @@ def test_more_tabs_than_allowed_are_told_and_a_place_is_free_again():
             assert time.monotonic() < until
 
 
-def test_a_session_ends_with_its_tab():
-    with served(stage("env=ShortDoubleTMaze")) as server:
+def test_a_session_ends_with_its_tab(monkeypatch):
+    closed = threading.Event()
+
+    class Closing(Session):
+        def close(self):
+            super().close()
+            closed.set()
+
+    monkeypatch.setattr("lab.play.Session", Closing)
+    with served(stage("env=Chain")) as server:
         with Tab(server.port):
-            assert any(thread.name.startswith("labyrinth") for thread in threading.enumerate())
+            assert any(thread.name.startswith("tab-") for thread in threading.enumerate())
+            assert not closed.is_set()
+        assert closed.wait(PATIENCE)
         until = time.monotonic() + PATIENCE
-        while any(thread.name.startswith(("labyrinth", "tab-")) for thread in threading.enumerate()):
+        while any(thread.name.startswith("tab-") for thread in threading.enumerate()):
             assert time.monotonic() < until
             time.sleep(0.02)
 
@@ -233,6 +260,13 @@ def test_other_names_are_refused(chain, host):
     with pytest.raises(InvalidStatus) as refused, Tab(chain.port, origin=f"http://{host.format(port=chain.port)}"):
         pass
     assert refused.value.response.status_code == 403
+
+
+def test_two_names_are_refused(chain):
+    with socket.create_connection(("127.0.0.1", chain.port)) as bare:
+        lines = ("GET / HTTP/1.1", f"Host: 127.0.0.1:{chain.port}", "Host: evil.example")
+        bare.sendall("\r\n".join((*lines, "", "")).encode())
+        assert b" 403 " in bare.recv(4096).splitlines()[0]
 
 
 def test_other_origins_and_none_are_refused(chain):
