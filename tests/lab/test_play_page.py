@@ -108,8 +108,7 @@ def test_a_simulated_end_is_said(chain, open_page):
     page.wait("document.querySelector('#state').textContent.includes('says that the episode is over; the world goes on')")
     assert page.evaluate("facts.step") == 2
     page.press("KeyT")
-    page.wait("!facts.over && facts.simulator.ahead === 0")
-    assert text(page, "#ahead") == "at the truth"
+    page.wait("!facts.over && facts.simulator.ahead === 0 && document.querySelector('#ahead').textContent === 'at the truth'")
 
 
 def test_two_tabs_do_not_disturb_one_another(chain, open_page):
@@ -132,28 +131,30 @@ def test_frames_of_a_64x64_model_arrive_at_15_a_second(open_page, record_propert
         page = open_page(server)
         page.wait("facts.simulator.ahead > 0")
 
-        def pace(seconds):
-            page.evaluate("window.from = [facts.step, performance.now()]")
-            time.sleep(seconds)
-            return page.evaluate("(facts.step - window.from[0]) * 1000 / (performance.now() - window.from[1])")
+        page.evaluate("(old => { window.drawings = 0; draw = () => { window.drawings++; old(); }; })(draw)")
 
-        def best(goal):  # others may be at work here for a while
-            found = [pace(1.5)]
-            while found[-1] < goal and len(found) < 5:
-                found.append(pace(1.5))
-            return max(found)
+        def pace():
+            """(steps, drawings) a second."""
+            page.evaluate("window.from = [facts.step, window.drawings, performance.now()]")
+            time.sleep(1.5)
+            return page.evaluate("[facts.step, window.drawings].map((n, i) => (n - from[i]) * 1000 / (performance.now() - from[2]))")
+
+        def best(goal):
+            """The first stretch that reaches the goal in both, or the best of ten: others may be at work here for a while."""
+            found = [pace()]
+            while min(found[-1]) < goal and len(found) < 10:
+                found.append(pace())
+            return max(found, key=min)
 
         own = best(14)
         page.evaluate("say({rate: 60})")
         page.wait("facts.rate === 60")
         most = best(15)
-        drawn = page.evaluate("new Promise(end => { let n = 0; const began = performance.now(), old = draw; "
-                              "draw = () => { n++; old(); if (performance.now() - began > 1000) end(n); }; })")  # fmt: skip
-    record_property("steps_per_second", f"{own:.1f} of 15, {most:.1f} of 60, {drawn:.1f} drawn")
-    print(f"\nframes a second: {own:.1f} of 15, {most:.1f} of 60; {drawn:.1f} drawn")
-    assert own > 14
-    assert most > 15
-    assert drawn > 15
+    told = f"{own[0]:.1f} of 15 arrive and {own[1]:.1f} are drawn, {most[0]:.1f} and {most[1]:.1f} of 60"
+    record_property("frames_per_second", told)
+    print(f"\nframes a second: {told}")
+    assert min(own) > 14
+    assert min(most) > 15
 
 
 def test_the_end_of_the_server_is_said(browser):
