@@ -42,7 +42,8 @@ socket.onclose = () => {
 function greet(told) {
   hello = told;
   const simulators = told.simulators.length, one = told.simulators[0];
-  const rest = [told.player && `${told.player.label} plays`, simulators && `beside ${simulators > 1 ? `${simulators} simulators` : one.label}`];
+  const beside = simulators && `beside ${simulators > 1 ? `${simulators} simulators` : one.label}`;
+  const rest = [told.player && `${told.player.label} plays`, beside];
   const title = document.createElement("span");
   title.textContent = " " + (rest.filter(Boolean).join(" ") || "played by you");
   $("title").replaceChildren(told.world, title);
@@ -78,7 +79,8 @@ function note(next) {
     const before = facts && facts.simulator;
     const opened = facts && next.episode !== facts.episode;
     const switched = before && simulator.index !== before.index;
-    const synced = before && simulator.ahead !== null && before.ahead !== null && (simulator.ahead <= before.ahead && (fresh || simulator.ahead < before.ahead));
+    const looked = before && simulator.ahead !== null && before.ahead !== null;
+    const synced = looked && (simulator.ahead < before.ahead || (fresh && simulator.ahead === before.ahead));
     if (fresh || opened || switched || synced) {
       points.push({y: fresh ? simulator.psnr : null, mark: opened || switched ? "opened" : synced ? "synced" : ""});
       if (points.length > STEPS_SHOWN) points.shift();
@@ -91,7 +93,8 @@ function note(next) {
 
 function panel(name) {
   if (!panels.has(name)) {
-    const figure = document.createElement("figure"), canvas = document.createElement("canvas"), caption = document.createElement("figcaption");
+    const figure = document.createElement("figure"), canvas = document.createElement("canvas");
+    const caption = document.createElement("figcaption");
     const title = document.createElement("b"), told = document.createElement("span");
     figure.dataset.name = name;
     canvas.setAttribute("role", "img");
@@ -172,13 +175,15 @@ function lay() {
 function caption(shown, simulator) {
   const first = $("stage").querySelector("figure:not([hidden])").dataset.name;
   for (const one of panels.values()) if (one !== panels.get("simulated")) one.told.textContent = "";
-  panel(first).told.textContent = `step ${number(shown.step, 0)} · return ${number(shown.return, 2)}${shown.reward ? ` · reward ${signed(shown.reward)}` : ""}`;
+  const rewarded = shown.reward ? ` · reward ${signed(shown.reward)}` : "";
+  panel(first).told.textContent = `step ${number(shown.step, 0)} · return ${number(shown.return, 2)}${rewarded}`;
   if (!simulator) return;
   const {figure, title, told} = panel("simulated"), name = hello.simulators[simulator.index].label;
   figure.classList.toggle("still", simulator.ahead === null);
   title.textContent = name;
   const foretold = simulator.reward !== null && Math.abs(simulator.reward) >= .05 ? ` · reward ${signed(simulator.reward)}` : "";
-  told.textContent = simulator.ahead === null ? `looks on, ${simulator.known} of ${simulator.needs}` : `return ${simulator.return === null ? "not finite" : number(simulator.return, 1)}${foretold}`;
+  const returned = simulator.return === null ? "not finite" : number(simulator.return, 1);
+  told.textContent = simulator.ahead === null ? `looks on, ${simulator.known} of ${simulator.needs}` : `return ${returned}${foretold}`;
 }
 
 /* Words and numbers */
@@ -213,7 +218,8 @@ function reading(simulator) {
   $("psnr").textContent = value === null ? "—" : value >= 99.9 ? "no difference" : `${value.toFixed(1)} dB`;
   $("psnr").style.fontSize = value !== null && value >= 99.9 ? "1.15rem" : "";
   const steps = simulator.ahead;
-  $("ahead").textContent = steps === null ? "looking on" : steps === 0 ? "at the truth" : `PSNR, ${steps} step${steps > 1 ? "s" : ""} after the truth`;
+  const since = `PSNR, ${steps} step${steps > 1 ? "s" : ""} after the truth`;
+  $("ahead").textContent = steps === null ? "looking on" : steps === 0 ? "at the truth" : since;
 }
 
 function reflect(shown, simulator) {
@@ -223,7 +229,8 @@ function reflect(shown, simulator) {
   $("goes-on").checked = shown.goes_on;
   if (simulator) {
     set("sync", simulator.sync_every);
-    $("sync-told").textContent = simulator.sync_every ? `every ${simulator.sync_every === 1 ? "step" : simulator.sync_every + " steps"}` : "never by itself";
+    const every = simulator.sync_every === 1 ? "every step" : `every ${simulator.sync_every} steps`;
+    $("sync-told").textContent = simulator.sync_every ? every : "never by itself";
     if (document.activeElement !== $("simulator")) $("simulator").value = simulator.index;
   }
   if (hello.player) {
@@ -328,7 +335,9 @@ document.addEventListener("keydown", event => {
 document.addEventListener("keyup", event => hold([event.code], false));
 window.addEventListener("blur", () => hold([...held], false));
 /* Whoever clicks goes on with the keyboard, so a click leaves no focus behind. */
-document.addEventListener("click", event => { if (event.detail && event.target.closest("button,input[type=checkbox]")) document.activeElement.blur(); });
+document.addEventListener("click", event => {
+  if (event.detail && event.target.closest("button,input[type=checkbox]")) document.activeElement.blur();
+});
 for (const id of ["rate", "sync"]) $(id).addEventListener("pointerup", () => $(id).blur());
 for (const button of document.querySelectorAll("[data-do]")) button.addEventListener("click", () => say({do: button.dataset.do}));
 $("pause").addEventListener("click", () => DEEDS.KeyP());
