@@ -200,7 +200,13 @@ def draw(results: list[dict[str, Any]], path: Path, panels: str = "game") -> Non
             for curve in row["curves"]:
                 panel.plot([at / unit for at, _ in curve], [score for _, score in curve], color=f"C{colour}", alpha=0.35, linewidth=1)
             frames, scores = at_shared_frames(row["curves"])
-            panel.plot([at / unit for at in frames], scores.mean(0), color=f"C{colour}", linewidth=2, label=row["setting"])
+            panel.plot(
+                [at / unit for at in frames],
+                scores.mean(0),
+                color=f"C{colour}",
+                linewidth=2,
+                label=textwrap.fill(row["setting"], 56, break_on_hyphens=False),
+            )
         if panels == "game":
             panel.set_title(title)
             panel.legend(fontsize=6, frameon=False)
