@@ -14,12 +14,14 @@ from agents.api import Decision, Metrics
 from agents.bonus import Bonus
 from agents.capture import captured
 from agents.half import fastest_torso
+from agents.informed import Carry, InformedExploration, follow
 from agents.nets import head
 from agents.optimise import FlatOptimiser, Kind, working_dtype
 from agents.replay import Batch, Replay
 from agents.schedules import linear
 from agents.stack import empty_stack, push_frame
 from envs.api import Spec, Step, UserError
+from generative.api import Simulator
 
 
 class QNetwork(nn.Module):
@@ -79,11 +81,17 @@ class DQN:
     With a bonus the reward that is learned from is the clipped one plus the bonus of the frame that it led to; the bonus is computed in
     `learn`, while the emulators work, before its step may be sampled.
 
+    With a simulator an action that would have been random, those before learning starts among them, is the one that leads to what was seen
+    least of late (`agents.informed`). The defaults of its three knobs are what Oh et al. (2015) give for most games, as far as is known:
+    for Q*bert they have visit_frames 200, for Freeway visit_delta 0.
+
     Args:
         spec: of the environment.
         device: of network, replay (see Replay) and what is observed.
         bonus: intrinsic rewards, or None.
         bonus_scale: what they are multiplied with; 0.05 in Bellemare et al. 2016.
+        simulator: foretells what each action shows, for informed exploration, or None for uniformly random actions.
+        visit_frames: how many pictures of each lane's past it compares that with, and the two knobs that follow: see InformedExploration.
         capacity: frames that the replay holds, of all environments together.
         stack_frames: K.
         gamma: discount for one agent step.
@@ -112,6 +120,10 @@ class DQN:
         device: torch.device,
         bonus: Bonus | None = None,
         bonus_scale: float = 0.05,
+        simulator: Simulator | None = None,
+        visit_frames: int = 20,
+        visit_delta: int = 50,
+        visit_sigma: float = 100.0,
         capacity: int = 1_000_000,
         stack_frames: int = 4,
         gamma: float = 0.99,
@@ -162,6 +174,8 @@ class DQN:
             self.online, cast(Kind, optimiser), learning_rate, decay, momentum, optimiser_epsilon, dtype, player="agent=dqn"
         )
         self.bonus, self._bonus_scale, self.frames = bonus, bonus_scale, 0
+        knobs = visit_frames, visit_delta, visit_sigma
+        self.informed = InformedExploration(simulator, spec, device, *knobs) if simulator is not None else None
         self._spec, self._device, self._stack_frames = spec, device, stack_frames
         self._double, self._eta, self._batch_size = double, eta, batch_size
         self._starts, self._every, self._target_every = learning_starts_frames, update_frames, target_frames
@@ -176,10 +190,14 @@ class DQN:
         start, end, frames = self._epsilon
         return linear(self.frames - self._starts, start, end, frames)
 
-    def initial(self, num_envs: int) -> Tensor:
+    def initial(self, num_envs: int) -> Tensor | Carry:
+        if self.informed is not None:
+            return self.informed.initial(num_envs, self._stack_frames)
         return empty_stack(num_envs, self._stack_frames, self._spec.obs_shape, self._device)
 
-    def act(self, step: Step, carry: Tensor, explore: bool) -> Decision:
+    def act(self, step: Step, carry: Tensor | Carry, explore: bool) -> Decision:
+        if isinstance(carry, Carry):
+            return self._act_informed(step, carry, explore)
         frames, stack = push_frame(carry, step.obs, step.last)
         lanes, epsilon = frames.shape[0], self.epsilon() if explore else 0.0
         if epsilon == 1:
@@ -191,8 +209,28 @@ class DQN:
             action = torch.where(torch.rand(lanes, device=self._device) < epsilon, random, action)
         return Decision(action.clone(), stack, {})
 
+    def _act_informed(self, step: Step, carry: Carry, explore: bool) -> Decision:
+        """As `act`. Which lanes explore is drawn on the host, so that nothing waits for the device and nothing is foretold for others."""
+        assert self.informed is not None, "this carry is of an agent with a simulator"
+        frames, stack = push_frame(carry.stack, step.obs, step.last)
+        past, lanes, epsilon = follow(carry.past, carry.action, step), len(frames), self.epsilon() if explore else 0.0
+        action, notes = torch.zeros(lanes, dtype=torch.int64, device=self._device), {}
+        if epsilon < 1:
+            with torch.inference_mode():
+                best = self.online(frames).argmax(1)
+            action = best.clone()
+        rows = (torch.rand(lanes) < epsilon).nonzero().squeeze(1) if epsilon > 0 else torch.empty(0)
+        if len(rows):
+            rows = rows.to(self._device)
+            chosen, counts = self.informed.choose(past, step, rows)
+            unasked = torch.full((lanes, self._spec.num_actions), math.nan, dtype=counts.dtype, device=self._device)
+            action, notes = action.index_copy(0, rows, chosen), {"visits": unasked.index_copy(0, rows, counts)}
+        return Decision(action, Carry(stack, past, action), notes)
+
     def observe(self, step: Step, decision: Decision, after: Step) -> None:
         self._seen.append((step, decision, after))
+        if self.informed is not None:
+            self.informed.observe(step, decision.notes.get("visits"), after)
         self.frames += decision.action.shape[0] * self._spec.frames_per_step
 
     def learn(self) -> Metrics:
@@ -200,6 +238,8 @@ class DQN:
         played = self.frames
         if self._remember() and self.bonus is not None:
             metrics |= self.bonus.metrics()
+        if self.informed is not None:
+            metrics |= self.informed.metrics()
         while self._due <= played:
             if len(self.replay):
                 metrics |= self._update(self.replay.sample(self._batch_size))
@@ -257,15 +297,22 @@ class DQN:
         return nn.functional.huber_loss(q, target, delta=self._error_clip)
 
     def required_bytes(self, steps: int) -> int:
-        """Replay, networks, optimiser and bonus. What does not fit on a GPU beside the networks lies in the host's memory."""
+        """Replay, networks, optimiser, bonus and simulator. What does not fit on a GPU beside the networks lies in the host's memory."""
         networks = sum(parameter.numel() for parameter in self.online.parameters()) * 24 if steps else 0
-        return self.replay.required_bytes(steps) + networks + (self.bonus.required_bytes(steps) if self.bonus is not None else 0)
+        beside = self.bonus.required_bytes(steps) if self.bonus is not None else 0
+        beside += self.informed.required_bytes() if self.informed is not None else 0
+        return self.replay.required_bytes(steps) + networks + beside
+
+    def lane_bytes(self, num_envs: int) -> int:
+        """What the agent remembers of so many lanes besides."""
+        return self.informed.lane_bytes(num_envs) if self.informed is not None else 0
 
     def state_dict(self) -> dict[str, Any]:
         self._remember()
         state = {"frames": self.frames, "due": self._due, "online": self.optimiser.state_dict(), "replay": self.replay.state_dict()}
         state["target"] = {str(place): parameter.detach() for place, parameter in enumerate(self.target.parameters())}
-        return state | ({"bonus": self.bonus.state_dict()} if self.bonus is not None else {})
+        parts = {"bonus": self.bonus, "informed": self.informed}
+        return state | {name: part.state_dict() for name, part in parts.items() if part is not None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.optimiser.load_state_dict(state["online"])
@@ -276,5 +323,7 @@ class DQN:
         self.replay.load_state_dict(state["replay"])
         if self.bonus is not None:
             self.bonus.load_state_dict(state["bonus"])
+        if self.informed is not None:
+            self.informed.load_state_dict(state["informed"])
         self.frames, self._due = state["frames"], state["due"]
         self._seen = []

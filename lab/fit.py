@@ -51,6 +51,8 @@ def run(cfg: DictConfig) -> int:
             print(f"play     python launch.py job=play {as_word('run', fitting.folder)}")
         if isinstance(fitting.model, Encoder):
             print(f"reuse    encoder={fitting.name} {as_word('fit.path', fitting.folder)}")
+        if fitting.simulates:
+            print(f"reuse    agent=dqn simulator={fitting.name} {as_word('fit.path', fitting.folder)}")
     return code
 
 
@@ -272,6 +274,7 @@ class Fitting:
             "obs_shape": list(self.data.obs_shape),
             "num_actions": self.data.num_actions,
             "parts": self.data.checksums,
+            "world": {key: self.data.source.get(key) for key in ("env", "protocol")},
             "logs": dict(self.log.position()),
             "model": dict(self.model.state_dict()),
             "fitter": self.fitter.state_dict(),

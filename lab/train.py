@@ -40,6 +40,7 @@ from lab.window import Window
 
 RECENT_EPISODES = 100
 INTERRUPTED = 130
+FITTED = ("encoder", "simulator")  # jobs of models that fit.path may bring
 SHOWN = ("train/return_mean", "memory/bytes", "memory/entries")
 
 
@@ -81,10 +82,12 @@ class Training:
         self._frames_per_iteration = ticks_for(settings["frames_per_iteration"], self.env) * self._frames_per_tick
         seed_everything(self._seed("build"))
         self.agent, self.models = make_agent(settings, self.env.spec, device)
-        if settings["fit"]["path"] and not folder and not fitting.needs_fit(self.models.get("encoder")):
+        if settings["fit"]["path"] and not folder and not any(fitting.needs_fit(self.models.get(job)) for job in FITTED):
             raise UserError(
-                "fit.path is a fitted encoder, and nothing here takes one: choose an encoder that is fitted, or leave fit.path out"
+                "fit.path is a fitted encoder or simulator, and nothing here takes one: choose one that is fitted, or leave fit.path out"
             )
+        if not folder:
+            self._take_simulator()
         self._announce_resources(folder)
         self.folder = folder or new_folder(settings, f"{settings['choices']['agent']}-{settings['choices']['env']}")
         self._lock = lock(self.folder)
@@ -159,6 +162,12 @@ class Training:
         self.evaluations.close()
         if self._dashboard is not None:
             self._dashboard.close()
+
+    def _take_simulator(self) -> None:
+        """Where the agent's simulator must be fitted, takes a fitted one from fit.path."""
+        simulator = self.models.get("simulator")
+        if simulator is not None and fitting.needs_fit(simulator):
+            self._notes += fitting.load_simulator(simulator, self.settings, self.env.spec)
 
     def _fit(self) -> None:
         """Iteration 0: where the agent's encoder must be fitted, collects random play and fits it, or takes a fitted one from fit.path."""
@@ -278,6 +287,7 @@ class Training:
             for name in (METRICS_FILE, EVALUATION_FILE):
                 if (folder / name).exists():
                     (folder / name).replace(folder / f"{name}.old")
+            self._take_simulator()
             return {}
         self._notes += loaded.warnings
         state = loaded.state
@@ -291,6 +301,7 @@ class Training:
         """Says what the agent's memory and its checkpoints will grow to. UserError where that is more than is free."""
         budget = self.settings["frames"] + self._frames_per_iteration
         needed = self.agent.required_bytes(budget // self.env.spec.frames_per_step)
+        needed += getattr(self.agent, "lane_bytes", lambda num_envs: 0)(self.env.num_envs)
         check_memory(needed, self.device, "lower agent.capacity or frames")
         rollout_bytes = getattr(self.agent, "rollout_bytes", lambda num_envs: 0)(self.env.num_envs)
         check_memory(needed + rollout_bytes, self.device, "lower planner.plan_steps, agent.n_steps or num_envs")
