@@ -300,9 +300,9 @@ class Training:
     def _announce_resources(self, folder: Path | None) -> None:
         """Says what the agent's memory and its checkpoints will grow to. UserError where that is more than is free."""
         budget = self.settings["frames"] + self._frames_per_iteration
-        needed = self.agent.required_bytes(budget // self.env.spec.frames_per_step)
-        needed += getattr(self.agent, "lane_bytes", lambda num_envs: 0)(self.env.num_envs)
-        check_memory(needed, self.device, "lower agent.capacity or frames")
+        of_lanes = getattr(self.agent, "lane_bytes", lambda num_envs: 0)(self.env.num_envs)
+        needed = self.agent.required_bytes(budget // self.env.spec.frames_per_step) + of_lanes
+        check_memory(needed, self.device, f"lower agent.capacity{', agent.visit_frames' if of_lanes else ''} or frames")
         rollout_bytes = getattr(self.agent, "rollout_bytes", lambda num_envs: 0)(self.env.num_envs)
         check_memory(needed + rollout_bytes, self.device, "lower planner.plan_steps, agent.n_steps or num_envs")
         check_disk(3 * needed, folder or Path(self.settings["runs_dir"]))  # two checkpoints, and the one that is being written
