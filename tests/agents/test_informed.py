@@ -14,7 +14,7 @@ from whole import CPU, SPEC, assert_equal, frame, stopped_and_resumed
 
 from agents.api import Agent
 from agents.dqn import DQN
-from agents.informed import InformedExploration, visit_counts
+from agents.informed import InformedExploration, _differences, _differences_on_host, visit_counts
 from agents.loop import evaluate, play
 from envs.api import Step, UserError, first_step
 from envs.gridmaze import GridMaze
@@ -56,6 +56,8 @@ def test_the_kernel_is_the_papers(delta, sigma):
     foretold = (seen[:, :3].astype(int) + generator.integers(-9, 10, (2, 3, 30))).clip(0, 255).astype(np.uint8)
     foretold[0, 0, :2], seen[0, :, :2] = (0, 255), (255, 0)
     known = generator.random((2, 5)) < 0.7
+    parts = torch.from_numpy(foretold), torch.from_numpy(seen), math.isqrt(delta)
+    assert torch.equal(_differences(*parts), _differences_on_host(*parts))  # that of other devices and that of this one
     got = visit_counts(*(torch.from_numpy(part) for part in (foretold, seen, known)), delta, sigma)
     for lane, action in itertools.product(range(2), range(3)):
         expected = brute_visits(foretold[lane, action].astype(float), seen[lane, known[lane]].astype(float), delta, sigma)
