@@ -72,13 +72,12 @@ def visit_counts(foretold: Tensor, seen: Tensor, known: Tensor, delta: int, sigm
 
 def _differences(foretold: Tensor, seen: Tensor, reach: int) -> Tensor:
     """How many pixels of two pictures, of uint8 (B, A, P) and of uint8 (B, D, P), lie more than `reach` apart. float64 (B, A, D)."""
-    wide = foretold.to(torch.int16)
-    counts = [(picture - others).abs_().gt_(reach).sum(1) for pictures, others in zip(wide, seen) for picture in pictures]
-    return torch.stack(counts).view(len(wide), -1, seen.shape[1]).double()
+    wide = foretold.unsqueeze(2).to(torch.int16)
+    return torch.stack([(pictures - others).abs_().gt_(reach).sum(2) for pictures, others in zip(wide, seen)]).double()
 
 
 def _differences_on_host(foretold: Tensor, seen: Tensor, reach: int) -> Tensor:
-    """The same on the processor: of 16 lanes, 6 actions and 20 pictures of 84x84 in 0.7 ms where the above takes 31."""
+    """The same on the processor: 16 lanes, 6 actions and 20 pictures of 84x84 in 0.7 ms on one core, where tensors took 31."""
     counts = torch.empty(*foretold.shape[:2], seen.shape[1], dtype=torch.float64)
     _count(foretold.contiguous().numpy(), seen.contiguous().numpy(), np.uint8(reach), counts.numpy())
     return counts

@@ -119,7 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             rates = f"{row['steps_per_second']:8,d} {row['others_steps_per_second']:8,d}"
             print(f"{world[0]:10s} {world[1]:8s} {epsilon:7g} {rates} {row['ratio_median']:6.3f}  {low:.3f}-{high:.3f}", flush=True)
             rows.append(row)
-    record(arguments.out, "informed_speed", argv, rows, choices=choices, outside_the_code=OUTSIDE)
+    threads = torch.get_num_threads()
+    record(arguments.out, "informed_speed", argv, rows, choices=choices, torch_threads=threads, outside_the_code=OUTSIDE)
     return 0
 
 

@@ -84,7 +84,7 @@ def headline(run: Run) -> str:
     if density and isinstance(bonus, Mapping) and bonus.get("allow_bound") is True:
         density += " (bounds allowed: where it gives only a bound, counts are those of the bound)"
     facts = [("protocol", run.protocol), ("seed", run.seed), ("encoder", _choice(run, "encoder")), ("density", density)]
-    facts.append(("bonus", _choice(run, "bonus") if bonus else ""))
+    facts += [("bonus", _choice(run, "bonus") if bonus else ""), ("simulator", _choice(run, "simulator") if run.job != "fit" else "")]
     world = run.config.get("env")
     if isinstance(world, Mapping) and world.get("backend") == "envpool":
         facts.append(("backend", "envpool"))

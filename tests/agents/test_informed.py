@@ -73,8 +73,9 @@ def test_the_kernel_is_the_papers(delta, sigma):
         (lambda lanes: Catch(lanes, CPU, size=5), 100, 6, {"visit_frames": 4, "visit_delta": 0}),  # more than are foretold at once
         (lambda lanes: GridMaze(lanes, CPU, size=7, pixels_per_cell=1), 2, 80, {"visit_frames": 12, "visit_sigma": 1.0}),
         (lambda lanes: GridMaze(lanes, CPU, size=7, pixels_per_cell=24), 2, 25, {}),
+        (lambda lanes: GridMaze(lanes, CPU, size=5, pixels_per_cell=1), 4, 150, {"visit_frames": 9, "epsilon_start": 0.4}),
     ],
-    ids=["catch", "one-picture", "many-lanes", "colours", "large"],
+    ids=["catch", "one-picture", "many-lanes", "colours", "large", "some-lanes"],
 )
 def test_of_all_actions_one_with_the_least_visited_picture_is_taken(make, lanes, ticks, knobs):
     """Brute force: every action tried in a perfect simulator, its picture compared with the last d that the lane has seen."""
@@ -85,20 +86,26 @@ def test_of_all_actions_one_with_the_least_visited_picture_is_taken(make, lanes,
 
     learner, oracle = agent(env.spec, perfect(), **knobs), perfect()
     d, delta, sigma = knobs.get("visit_frames", 20), knobs.get("visit_delta", 50), knobs.get("visit_sigma", 100.0)
-    seen, differences = [[] for _ in range(lanes)], 0
+    seen, differences, chosen, opened = [[] for _ in range(lanes)], 0, 0, 0
     for tick in play(env, learner, ticks * lanes, seed=3):
         for lane in range(lanes):
             if tick.step.last[lane]:
                 seen[lane].append(picture(tick.step.obs[lane].numpy()))
+            visits = tick.decision.notes.get("visits", torch.full((lanes, 1), math.nan))[lane].tolist()
+            if math.isnan(visits[0]):  # greedy
+                seen[lane].append(picture(tick.after.next_obs[lane].numpy()))
+                continue
             state, counts = oracle.read(tick.step.obs[lane : lane + 1]), []
             for action in range(env.spec.num_actions):
                 _, after = oracle.move(state, torch.tensor([action]))
                 counts.append(brute_visits(picture(after[0].numpy()), seen[lane][-d:], delta, sigma))
-            assert tick.decision.notes["visits"][lane].tolist() == pytest.approx(counts, rel=1e-9)
+            assert visits == pytest.approx(counts, rel=1e-9)
             assert counts[tick.decision.action[lane]] == pytest.approx(min(counts), rel=1e-9)
-            differences += max(counts) > min(counts) * 1.001
+            differences, chosen = differences + (max(counts) > min(counts) * 1.001), chosen + 1
+            opened += bool(tick.step.last[lane]) and not tick.step.last.all()
             seen[lane].append(picture(tick.after.next_obs[lane].numpy()))
-    assert differences > 0.5 * ticks * lanes or d == 1
+    assert differences > 0.5 * chosen or d == 1
+    assert chosen == ticks * lanes or (chosen == pytest.approx(0.4 * ticks * lanes, rel=0.2) and opened > 3)
 
 
 def test_simulators_are_shown_what_they_are_fitted_to(tmp_path):
@@ -134,18 +141,20 @@ class Fixed(Deaf):
 
 def test_ties_are_drawn_also_where_sums_differ_by_rounding():
     """Pictures with m pixels lit and with 16 - m, seen in some order: both actions are as new."""
-    spec, lanes = Ring(1, CPU, length=16).spec, 400
-    explorer = InformedExploration(Fixed(spec), spec, CPU, 8, 50, 3.0)
-    levels = torch.stack([torch.tensor([1, 3, 6, 7, 9, 10, 13, 15])[torch.randperm(8)] for _ in range(lanes)], 1)
-    lit = [(torch.arange(16) < count.unsqueeze(1)).view(lanes, 1, 4, 4).to(torch.uint8) * 255 for count in levels]
-    going_on = torch.zeros(lanes, dtype=torch.bool)
-    for before, now in itertools.pairwise([lit[0], *lit]):
-        explorer.observe(Step(before, None, None, going_on, before), None, Step(now, None, None, going_on, now))
-    past = explorer.initial(lanes, 1).past._replace(frames=lit[-1].unsqueeze(1))
-    action, visits = explorer.choose(past, Step(lit[-1], None, None, going_on, lit[-1]), torch.arange(lanes))
-    assert (visits[:, 0] != visits[:, 1]).any()
-    torch.testing.assert_close(visits[:, 0], visits[:, 1], rtol=1e-12, atol=0)
-    assert float(action.float().mean()) == pytest.approx(0.5, abs=0.1)
+    spec, lanes, rounded = Ring(1, CPU, length=16).spec, 100, 0
+    going_on, no_reward = torch.zeros(lanes, dtype=torch.bool), torch.zeros(lanes)
+    for _ in range(10):
+        explorer = InformedExploration(Fixed(spec), spec, CPU, 8, 50, 3.0)
+        for count in torch.tensor([1, 3, 6, 7, 9, 10, 13, 15])[torch.randperm(8)]:
+            lit = ((torch.arange(16) < count).to(torch.uint8) * 255).view(1, 1, 4, 4).expand(lanes, -1, -1, -1)
+            step = Step(lit, no_reward, no_reward + 1, going_on, lit)
+            explorer.observe(step, None, step)
+        past = explorer.initial(lanes, 1).past._replace(frames=step.obs.unsqueeze(1))
+        action, visits = explorer.choose(past, step, torch.arange(lanes))
+        torch.testing.assert_close(visits[:, 0], visits[:, 1], rtol=1e-12, atol=0)
+        assert float(action.float().mean()) == pytest.approx(0.5, abs=0.2)
+        rounded += int(visits[0, 0] != visits[0, 1])
+    assert rounded > 2
 
 
 def test_a_simulator_that_is_deaf_to_actions_leaves_it_to_chance():
@@ -244,7 +253,12 @@ def test_the_simulator_is_saved_with_the_agent_and_learns_nothing():
     assert first.optimiser.updates > 0
     assert_equal(dict(first.informed.simulator.state_dict()), dict(before))
     second = agent(env.spec, second.informed.simulator, visit_frames=5)
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    state = first.state_dict()
+    kept = copy.deepcopy(state["informed"])
+    second.load_state_dict(state)
+    for _ in play(env, second, 30, seed=1):
+        pass
+    assert_equal(state["informed"], kept)
     assert_equal(dict(second.informed.simulator.state_dict()), dict(before))
     size = sum(part.nbytes for part in before.values())
     assert first.required_bytes(90) == agent(env.spec, None).required_bytes(90) + size

@@ -84,6 +84,7 @@ def test_a_fitted_simulator_explores_and_resumes_bit_for_bit(tmp_path, place):
     state = told(whole)["agent"]["informed"]
     assert_equal(state["simulator"], told(place / "fit")["model"])
     assert state["seen"].shape == (4, 6, 25)
+    assert "simulator <b>small_recurrent</b>" in (whole / "report.html").read_text()
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert any(0 < row.get("visits/least", 0) <= 6 for row in rows)
 
