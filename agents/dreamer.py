@@ -54,6 +54,8 @@ class Dreamer:
         epsilon: share of random actions in true play, while training.
     """
 
+    fits_simulator = True
+
     def __init__(
         self,
         spec: Spec,

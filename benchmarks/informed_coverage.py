@@ -21,9 +21,9 @@ from agents.loop import play
 from benchmarks.record import record
 from envs.gridmaze import GridMaze
 from lab.configure import compose, plain
-from lab.fitting import load_simulator
 from lab.folder import read_config
 from lab.run import make_agent, make_env, seed_everything
+from lab.simulators import take_fitted
 
 CPU = torch.device("cpu")
 UNIFORM = "none"
@@ -38,7 +38,7 @@ def explore(words: Sequence[str], lanes: int, steps: int, seed: int) -> dict[str
     seed_everything(seed)
     agent, models = make_agent(settings, env.spec, CPU)
     if settings["fit"]["path"]:
-        load_simulator(models["simulator"], settings, env.spec)
+        take_fitted(models["simulator"], settings, env.spec)
     cells, goals = set(), 0
     for tick in play(env, agent, lanes * steps, seed):
         cells |= {(lane, env.lanes.grid[lane].tobytes(), *env.lanes.agent[lane].tolist()) for lane in range(lanes)}

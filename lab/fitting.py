@@ -12,7 +12,7 @@ import torch
 
 from agents.loop import play
 from agents.random import RandomAgent
-from envs.api import Spec, UserError, VectorEnv
+from envs.api import UserError, VectorEnv
 from generative.api import Sampler, Trainable
 from generative.clips import ClipData
 from generative.data import FrameSource
@@ -73,49 +73,15 @@ def load_fitted(model: Any, path: str) -> None:
     """Puts the model of another run (a job=fit run, or the encoder of a trained agent) into `model`. UserError where it does not fit."""
     folder = find_folder(path, "fit.path")
     part = "model" if read_config(folder)["job"] == "fit" else "agent/encoder"
-    _take_up(model, checkpoint.load(folder, only=part).state, path)
+    take_up(model, checkpoint.load(folder, only=part).state, path)
 
 
-def _take_up(model: Any, state: Mapping[str, Any], path: str) -> None:
+def take_up(model: Any, state: Mapping[str, Any], path: str) -> None:
+    """Puts the state that was found in the run `path` into `model`. UserError where it does not fit."""
     try:
         model.load_state_dict(state)
     except (RuntimeError, KeyError, ValueError) as trouble:
         raise UserError(f"fit.path={path}: its model is of another kind or shape: {' '.join(str(trouble).split())[:300]}") from trouble
-
-
-def load_simulator(model: Any, settings: Mapping[str, Any], spec: Spec) -> list[str]:
-    """Puts the simulator of the job=fit run that `fit.path` names into `model`. Returns what the user should be told.
-
-    UserError where there is none, where it was fitted with other knobs than `settings` choose, to other pictures or actions than those of
-    `spec`, or under another protocol, as far as the fit says. Of another world under the same protocol the user is told.
-    """
-    name, path = settings["choices"]["simulator"], settings["fit"]["path"]
-    if not path:
-        raise UserError(f"simulator={name} has learned nothing: job=fit simulator={name} data=FOLDER fits it, fit.path=runs/NAME takes it")
-    folder = find_folder(path, "fit.path")
-    fit = read_config(folder)
-    if fit["job"] != "fit" or not fit.get("simulator"):
-        raise UserError(f"fit.path={path}: that was job={fit['job']}; a simulator comes from job=fit simulator=NAME")
-    loaded = checkpoint.load(folder)
-    state = loaded.state
-    if not {"obs_shape", "num_actions", "model"} <= set(state):
-        raise UserError(f"fit.path={path}: its checkpoint does not say what it was fitted to; fit it anew")
-    theirs = tuple(state["obs_shape"]), state["num_actions"]
-    if theirs != (spec.obs_shape, spec.num_actions):
-        ours = f"{spec.name} here has {spec.obs_shape} and {spec.num_actions}"
-        raise UserError(f"fit.path={path} simulates pictures of {theirs[0]} under {theirs[1]} actions, and {ours}")
-    other = [key for key, value in settings["simulator"].items() if fit["simulator"].get(key, value) != value]
-    if other:
-        chosen, words = fit["choices"]["simulator"], [f"simulator.{key}={fit['simulator'][key]}" for key in other]
-        raise UserError(
-            f"fit.path={path} was fitted with {' '.join(words) if chosen == name else f'simulator={chosen}'}; type that here too"
-        )
-    world, protocol = state.get("world"), (settings.get("protocol") or {}).get("name")
-    if world and world["protocol"] != protocol:
-        raise UserError(f"fit.path={path} was fitted under protocol={world['protocol']}, and this is protocol={protocol}; take that one")
-    _take_up(model, state["model"], path)
-    notes, env = [*loaded.warnings], settings["choices"]["env"]
-    return [*notes, f"the simulator was fitted to {world['env']}, and this is {env}"] if world and world["env"] != env else notes
 
 
 def needs_fit(model: Any) -> bool:

@@ -35,12 +35,12 @@ from lab.run import (
     pick_device,
     seed_everything,
 )
+from lab.simulators import take_fitted
 from lab.summary import summarise
 from lab.window import Window
 
 RECENT_EPISODES = 100
 INTERRUPTED = 130
-FITTED = ("encoder", "simulator")  # jobs of models that fit.path may bring
 SHOWN = ("train/return_mean", "memory/bytes", "memory/entries")
 
 
@@ -82,7 +82,8 @@ class Training:
         self._frames_per_iteration = ticks_for(settings["frames_per_iteration"], self.env) * self._frames_per_tick
         seed_everything(self._seed("build"))
         self.agent, self.models = make_agent(settings, self.env.spec, device)
-        if settings["fit"]["path"] and not folder and not any(fitting.needs_fit(self.models.get(job)) for job in FITTED):
+        taken = ["encoder", *(["simulator"] if not getattr(self.agent, "fits_simulator", False) else [])]
+        if settings["fit"]["path"] and not folder and not any(fitting.needs_fit(self.models.get(job)) for job in taken):
             raise UserError(
                 "fit.path is a fitted encoder or simulator, and nothing here takes one: choose one that is fitted, or leave fit.path out"
             )
@@ -164,10 +165,10 @@ class Training:
             self._dashboard.close()
 
     def _take_simulator(self) -> None:
-        """Where the agent's simulator must be fitted, takes a fitted one from fit.path."""
+        """Where the agent's simulator must be fitted, and the agent does not do so itself, takes a fitted one from fit.path."""
         simulator = self.models.get("simulator")
-        if simulator is not None and fitting.needs_fit(simulator):
-            self._notes += fitting.load_simulator(simulator, self.settings, self.env.spec)
+        if fitting.needs_fit(simulator) and not getattr(self.agent, "fits_simulator", False):
+            self._notes += take_fitted(simulator, self.settings, self.env.spec)
 
     def _fit(self) -> None:
         """Iteration 0: where the agent's encoder must be fitted, collects random play and fits it, or takes a fitted one from fit.path."""
