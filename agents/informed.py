@@ -39,7 +39,7 @@ class Carry(NamedTuple):
 def follow(past: Clip, action: Tensor, step: Step) -> Clip:
     """`past` with one more transition, by `action` int64 (N) to `step`, and without its oldest.
 
-    Where `step` opens an episode, its picture stands still instead, action and reward are 0 and the discount is 1: as `ClipData.clips`
+    Where `step` opens an episode, its picture stands still instead, the actions are -1, rewards 0 and discounts 1: as `ClipData.clips`
     shows a simulator what it learns from.
     """
     opens, obs = step.last, step.obs.unsqueeze(1)
@@ -49,7 +49,7 @@ def follow(past: Clip, action: Tensor, step: Step) -> Clip:
     def column(before: Tensor, new: Tensor, still: float) -> Tensor:
         return torch.cat((before, new.unsqueeze(1)), 1)[:, 1:].masked_fill(opens.unsqueeze(1), still)
 
-    actions, rewards = column(past.actions, action, 0), column(past.rewards, step.reward, 0)
+    actions, rewards = column(past.actions, action, -1), column(past.rewards, step.reward, 0)
     return Clip(torch.cat((before, obs), 1), actions, rewards, column(past.discounts, step.discount, 1), past.last)
 
 

@@ -168,10 +168,11 @@ class Trajectories:
         last = self._fields["last"][places] & begun
         lived = begun & (last.cumsum(1) - last.long() == 0)
         values = {name: torch.where(lived, field[places], 0) for name, field in self._fields.items()}
+        actions = torch.where(begun, values["actions"].long(), -1)
         discounts = torch.where(begun, values["discounts"], 1.0)
         shown = np.clip(np.arange(steps + 1) - still, 0, lived.sum(1, keepdim=True).numpy())
         frames = self._frames[torch.from_numpy(self._places(lanes[:, None], first + shown))]
-        return Clip(frames, values["actions"].long(), values["rewards"], discounts, lived & last)
+        return Clip(frames, actions, values["rewards"], discounts, lived & last)
 
     @property
     def nbytes(self) -> int:

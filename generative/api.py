@@ -14,7 +14,8 @@ from torch import Tensor
 class Clip(NamedTuple):
     """B traces of T transitions. Transition t leads from frames[:, t] by actions[:, t] to frames[:, t + 1], the true successor.
 
-    After a row's first `last` comes padding, which models mask.
+    After a row's first `last` comes padding, which models mask. Where frames before a row's first are wanted, it is repeated, and the
+    actions that lead on from these copies are -1: nothing was done, and nothing stood still.
 
     Attributes:
         frames: uint8 (B, T + 1, C, H, W).
@@ -119,7 +120,10 @@ class Simulator(Model, Protocol):
     context_frames: int
 
     def start(self, clip: Clip) -> tuple[Tensor, ...]:
-        """State after the last `context_frames` frames of the clip, the first repeated on the left where fewer are known."""
+        """State after the last `context_frames` frames of the clip, the first repeated on the left where fewer are known.
+
+        Actions are those between the frames; -1 leads on from a copy of the first.
+        """
 
     def step(self, state: tuple[Tensor, ...], action: Tensor) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor]:
         """int64 (B) action -> (state, frame uint8 (B, C, H, W), reward float32 (B), discount float32 (B) in [0, 1])."""

@@ -145,7 +145,7 @@ class ClipData:
         """int64 (n), each within 0 .. starts(steps, lead) - 1 -> a Clip of n rows of `steps` transitions.
 
         The first `lead` of them lead to the step that an index stands for. As far as its episode, or its part, had not begun, the first
-        picture stands still, action and reward are 0 and the discount is 1: what simulators are shown where fewer frames are known.
+        picture stands still, the action is -1, the reward 0 and the discount 1: what simulators are shown where fewer frames are known.
         After a row's first `last`, which the cut at a part's end is too, its last picture stands still and the rest is 0.
         UserError where no part is so long.
         """
@@ -185,7 +185,7 @@ class ClipData:
                 piece = np.zeros(steps, getattr(tensors, name).dtype)
                 piece[still : still + lived] = getattr(tensors, name)[start : start + lived, lane]
                 values.append(piece)
-            found["discounts"][-1][:still] = 1
+            found["actions"][-1][:still], found["discounts"][-1][:still] = -1, 1
             places.append((part, lane, start, still, lived + 1))
         frames = self._gather(places, steps + 1)
         actions, rewards, discounts, last = (torch.from_numpy(np.stack(values)) for values in found.values())

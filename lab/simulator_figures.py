@@ -143,13 +143,13 @@ def control_score(simulator: Simulator, env: VectorEnv, agent: Agent, every: int
     the live world itself.
     """
     step, memory = env.reset(seed), agent.initial(env.num_envs)  # what one remembers who has seen the truth
-    known, acted = [step.obs] * simulator.context_frames, [torch.zeros(env.num_envs, dtype=torch.int64)] * simulator.context_frames
+    known, acted = [step.obs] * simulator.context_frames, [torch.full((env.num_envs,), -1)] * simulator.context_frames
     carry, shown, state = memory, step.obs, simulator.start(_history(known, acted))
     totals, playing = torch.zeros(env.num_envs), torch.ones(env.num_envs, dtype=torch.bool)
     for t in range(steps):
         opens = step.last.cpu()
         known = [torch.where(_like(opens, old), step.obs, old) for old in known[1:]] + [step.obs]
-        acted = [torch.where(opens, 0, old) for old in acted[1:]] + [acted[-1]]
+        acted = [torch.where(opens, -1, old) for old in acted[1:]] + [acted[-1]]
         told = opens | (t % every == 0)
         truth = agent.act(step, memory, explore=False)
         if told.any():
@@ -169,7 +169,7 @@ def control_score(simulator: Simulator, env: VectorEnv, agent: Agent, every: int
 
 
 def _history(known: list[Tensor], acted: list[Tensor]) -> Clip:
-    """The last K frames of all lanes; actions are those that led from one to the next."""
+    """The last K frames of all lanes; actions are those that led from one to the next, -1 before an episode's first frame."""
     frames = torch.stack(known, 1)
     between = frames.shape[1] - 1
     zeros = torch.zeros(len(frames), between)

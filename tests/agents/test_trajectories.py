@@ -48,7 +48,7 @@ def clip_by_hand(lane: list[dict[str, float]], at: int, steps: int, lead: int) -
     known = int(min(lead, lane[at]["age"]))
     rows = lane[at - known :]
     pictures, actions, rewards, discounts, lasts = [rows[0]["picture"]] * (lead - known + 1), [], [], [], []
-    actions, rewards, discounts, lasts = [0.0] * (lead - known), [0.0] * (lead - known), [1.0] * (lead - known), [0.0] * (lead - known)
+    actions, rewards, discounts, lasts = [-1.0] * (lead - known), [0.0] * (lead - known), [1.0] * (lead - known), [0.0] * (lead - known)
     for row in rows:
         if len(actions) == steps:
             break

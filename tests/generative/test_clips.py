@@ -79,7 +79,7 @@ def test_what_leads_to_a_step_stands_still_before_its_episode(folder, lead, ahea
     assert torch.equal(at.frames, clips.frames[LANES * (41 - ahead + 1) + 7 * LANES :][:LANES])
 
 
-STILL = (0, 0.0, 1.0, False)
+STILL = (-1, 0.0, 1.0, False)
 
 
 def test_frames_are_the_observations_in_the_order_of_play(folder):
