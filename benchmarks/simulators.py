@@ -26,6 +26,10 @@ CURRICULUM = "fit.phases=[{updates:1500},{updates:500,horizon:3,learning_rate:3e
 RECIPES: dict[str, list[str]] = {
     "small_feedforward": ["fit.batch_size=16", CURRICULUM],
     "small_recurrent": ["fit.batch_size=16", CURRICULUM, "fit.window_steps=20"],
+    "state_space_small": [
+        *["simulator.reward_cost=10", "simulator.discount_cost=10", "fit.batch_size=8", "fit.window_steps=16", "fit.learning_rate=2e-3"],
+        "fit.phases=[{updates:100},{updates:1400,horizon:3}]",
+    ],
     "small_no_action": ["fit.batch_size=16", CURRICULUM],
 }
 BASELINES = ("small_no_action", "last_frame")
