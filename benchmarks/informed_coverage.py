@@ -1,7 +1,8 @@
-"""How many cells of mazes seen from above are entered before anything is learned: informed exploration beside uniformly random actions.
+r"""How many cells of mazes seen from above are entered before anything is learned: informed exploration beside uniformly random actions.
 
     python launch.py job=collect env=GridMaze frames=32_000 frames_per_iteration=16_000 data=data/maze
-    python launch.py job=fit simulator=small_feedforward data=data/maze fit.updates=1000 fit.batch_size=32 run_name=maze
+    python launch.py job=fit simulator=small_feedforward data=data/maze fit.batch_size=32 run_name=maze \
+        "fit.phases=[{updates:1500},{updates:1000,learning_rate:1e-4}]"
     python -m benchmarks.informed_coverage --fit runs/maze --out benchmarks/results/informed_coverage.json
 
 agent=dqn with epsilon 1, as before learning starts. Cells are counted a lane and a maze; a goal that is reached opens another maze.

@@ -37,7 +37,7 @@ def make(simulator: str, game: str, obs: str, epsilon: float, *words: str) -> tu
     torch.manual_seed(0)
     told = [f"env={game}", f"env.obs={obs}", "agent=dqn", "agent.capacity=20_000", *words]
     told += [f"agent.epsilon_start={epsilon}", f"agent.epsilon_end={epsilon}"]
-    told += ["agent.learning_starts_frames=1_000"] if epsilon < 1 else []
+    told += [f"agent.learning_starts_frames={1_000 if epsilon < 1 else 10**9}"]
     settings = plain(compose(told if simulator == "none" else [*told, f"simulator={simulator}"]))
     env = make_env(settings, NUM_ENVS, CPU)
     agent, _ = make_agent(settings, env.spec, CPU)

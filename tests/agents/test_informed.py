@@ -204,7 +204,8 @@ def test_figures_are_means_over_those_that_explored():
 def test_acting_changes_nothing_and_evaluation_asks_nobody(explore):
     env = Catch(4, CPU)
     simulator = PerfectToy(Catch(1, CPU), 7**3, context_frames=3)
-    learner = agent(env.spec, simulator, epsilon_end=0.5, epsilon_frames=1, learning_starts_frames=20, update_frames=8)
+    schedule = {"epsilon_end": 0.5, "epsilon_frames": 1, "learning_starts_frames": 20, "update_frames": 8}
+    learner = agent(env.spec, simulator, stack_frames=2, **schedule)
     for _ in play(env, learner, 200, seed=0):
         pass
     before, asked = copy.deepcopy(learner.state_dict()), simulator.stepped
@@ -219,7 +220,7 @@ def test_acting_changes_nothing_and_evaluation_asks_nobody(explore):
     assert_equal(learner.state_dict(), before)
     assert (simulator.stepped > asked) == explore
     if not explore:
-        other = agent(env.spec, None)
+        other = agent(env.spec, None, stack_frames=2)
         other.online.load_state_dict(learner.online.state_dict())
         actions = []
         for player in (learner, other):
