@@ -27,7 +27,7 @@ from agents.capture import Captured
 from benchmarks.record import record
 from generative.api import Clip
 from generative.data import FrameMemory
-from generative.fit import Fitter
+from generative.fit import Fitter, Precision
 from generative.state_space import StateSpace
 
 SHAPE, ACTIONS, GOAL_MS = (3, 64, 64), 18, 22.0
@@ -53,14 +53,14 @@ def clip_of(sequences: int, steps: int, device: torch.device) -> Clip:
     return Clip(frames, actions, rewards, rewards + 1, rewards.bool())
 
 
-def update_of(model: StateSpace, clip: Clip, precision: str) -> Work:
+def update_of(model: StateSpace, clip: Clip, precision: Precision) -> Work:
     """One update as job=fit makes it."""
     frames = FrameMemory.from_tensor(clip.frames[0])
-    fitter = Fitter(model, frames, learning_rate=1e-4, precision=precision, updates=10**9)  # type: ignore[arg-type]
+    fitter = Fitter(model, frames, learning_rate=1e-4, precision=precision, updates=10**9)
     return lambda: fitter.step(clip)
 
 
-def captured_update_of(model: StateSpace, clip: Clip, precision: str) -> Work:
+def captured_update_of(model: StateSpace, clip: Clip, precision: Precision) -> Work:
     """One update, recorded as a CUDA graph."""
     optimiser = torch.optim.Adam(model.parameters(), 1e-4, fused=True, capturable=True)
 
@@ -87,7 +87,8 @@ def works(device: torch.device, sequences: int, steps: int, lanes: Sequence[int]
     """Name -> what is timed; every mode has a model of its own."""
     clip = clip_of(sequences, steps, device)
     modes: dict[str, Work] = {}
-    for precision in ("float32", "bfloat16"):
+    precisions: tuple[Precision, ...] = ("float32", "bfloat16")
+    for precision in precisions:
         modes[f"update {precision}"] = update_of(build(device, changes), clip, precision)
         if device.type == "cuda":
             modes[f"update {precision} captured"] = captured_update_of(build(device, changes), clip, precision)
